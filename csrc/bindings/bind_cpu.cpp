@@ -1,0 +1,195 @@
+// hpa_ext._cpu: reads arguments, releases the GIL, calls the kernel.  Checks that a user sees are in hpa_ext/ops.py.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "dlpack_arg.h"
+#include "hpa/kernels.h"
+#include "isa/isa.h"
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace hpa::bindings {
+namespace {
+
+// Raised together with hpa_ext.backend.INTERFACE whenever a signature below changes.
+constexpr int kInterface = 1;
+
+class TensorList {
+ public:
+  TensorList(const char* name, const py::sequence& objects) {
+    arguments_.reserve(objects.size());
+    for (const py::handle object : objects) {
+      arguments_.emplace_back(name, object);
+      views_.push_back(arguments_.back().view());
+    }
+  }
+  const std::vector<TensorView>& views() const { return views_; }
+
+ private:
+  std::vector<TensorArgument> arguments_;
+  std::vector<TensorView> views_;
+};
+
+class OptionalTensor {
+ public:
+  OptionalTensor(const char* name, const py::object& object) {
+    if (!object.is_none()) argument_.emplace(name, object);
+  }
+  std::optional<TensorView> view() const { return argument_ ? std::optional(argument_->view()) : std::nullopt; }
+
+ private:
+  std::optional<TensorArgument> argument_;
+};
+
+template <class Value>
+Value choose(const char* name, const std::string& given, std::initializer_list<std::pair<const char*, Value>> choices) {
+  for (const auto& [word, value] : choices) {
+    if (given == word) return value;
+  }
+  throw py::value_error(std::string(name) + ": got '" + given + "'");
+}
+
+void accumulate_gram_(const py::object& gram, const py::object& x, double scale, int threads) {
+  const TensorArgument gram_argument("gram", gram), x_argument("x", x);
+  const py::gil_scoped_release unlocked;
+  accumulate_gram(gram_argument.view(), x_argument.view(), scale, threads);
+}
+
+std::tuple<std::string, double, std::string> inverse_diagonal_(const py::object& out, const py::object& gram,
+                                                               const py::object& activations, double scale,
+                                                               double damping, const std::string& mode, int threads) {
+  const TensorArgument out_argument("out", out);
+  const OptionalTensor gram_argument("gram", gram), activation_argument("activations", activations);
+  const auto diagonal_mode =
+      choose<DiagonalMode>("mode", mode, {{"exact", DiagonalMode::exact}, {"pivot", DiagonalMode::pivot}});
+  InverseDiagonalResult result;
+  {
+    const py::gil_scoped_release unlocked;
+    result = inverse_diagonal(out_argument.view(), gram_argument.view(), activation_argument.view(), scale, damping,
+                              diagonal_mode, threads);
+  }
+  const char* status = result.status == FactorStatus::ok                      ? "ok"
+                       : result.status == FactorStatus::not_positive_definite ? "not_positive_definite"
+                                                                              : "non_finite";
+  return {status, result.lambda, result.low_rank ? "low_rank" : "dense"};
+}
+
+void accumulate_importance_(const py::sequence& importance, const py::sequence& grads, const py::sequence& weights,
+                            int threads) {
+  const TensorList totals("importance", importance), gradients("grads", grads), factors("weights", weights);
+  const py::gil_scoped_release unlocked;
+  accumulate_importance(totals.views(), gradients.views(), factors.views(), threads);
+}
+
+void change_statistics_(const py::object& column_change, const py::object& scalars, const py::object& before,
+                        const py::object& after, int threads) {
+  const TensorArgument columns("column_change", column_change), totals("scalars", scalars);
+  const TensorArgument old_weights("before", before), new_weights("after", after);
+  const py::gil_scoped_release unlocked;
+  change_statistics(columns.view(), totals.view(), old_weights.view(), new_weights.view(), threads);
+}
+
+std::tuple<double, double, std::int64_t, std::int64_t, std::int64_t> balanced_mask_(
+    const py::object& mask, const py::object& safety, const py::object& task, std::int64_t keep, std::int64_t focus,
+    double alpha0, double alpha1, const std::string& mode, const std::string& alpha_mode, int alpha_sign,
+    const std::string& overflow, const std::string& phi_norm) {
+  using Options = SelectionOptions;
+  const TensorArgument mask_argument("mask", mask), safety_argument("safety", safety), task_argument("task", task);
+  Options options;
+  options.keep = keep;
+  options.focus = focus;
+  options.alpha0 = alpha0;
+  options.alpha1 = alpha1;
+  options.mode = choose<Options::Mode>(
+      "mode", mode, {{"full", Options::Mode::full}, {"eps", Options::Mode::eps}, {"phi", Options::Mode::phi}});
+  options.alpha_mode = choose<Options::AlphaMode>("alpha_mode", alpha_mode,
+                                                  {{"affine", Options::AlphaMode::affine},
+                                                   {"relu", Options::AlphaMode::relu},
+                                                   {"abs", Options::AlphaMode::abs},
+                                                   {"const", Options::AlphaMode::constant}});
+  options.alpha_sign = alpha_sign;
+  options.overflow = choose<Options::Overflow>("overflow", overflow,
+                                               {{"cap", Options::Overflow::cap}, {"keep", Options::Overflow::keep}});
+  options.phi_norm = choose<Options::PhiNorm>("phi_norm", phi_norm,
+                                              {{"none", Options::PhiNorm::none}, {"mean", Options::PhiNorm::mean}});
+  Selection result;
+  {
+    const py::gil_scoped_release unlocked;
+    result = balanced_mask(mask_argument.view(), safety_argument.view(), task_argument.view(), options);
+  }
+  return {result.alpha, result.log_ratio, result.overlap, result.kept_safety_only, result.kept_overlap};
+}
+
+void merge_(const py::object& after, const py::object& before, const py::object& mask, double projection, int threads) {
+  const TensorArgument new_weights("after", after), old_weights("before", before), kept("mask", mask);
+  const py::gil_scoped_release unlocked;
+  merge(new_weights.view(), old_weights.view(), kept.view(), projection, threads);
+}
+
+void project_(const py::sequence& grads, const py::sequence& basis, int passes, int threads) {
+  const TensorList vectors("grads", grads), known("basis", basis);
+  const py::gil_scoped_release unlocked;
+  project(vectors.views(), known.views(), passes, threads);
+}
+
+std::tuple<std::int64_t, std::int64_t> orthonormalize_(const py::object& vectors, const py::object& basis, double rtol,
+                                                       int threads) {
+  const TensorArgument rows("vectors", vectors);
+  const OptionalTensor known("basis", basis);
+  OrthonormalizeResult result;
+  {
+    const py::gil_scoped_release unlocked;
+    result = orthonormalize(rows.view(), known.view(), rtol, threads);
+  }
+  return {result.kept, result.bad_row};
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["compiler"] = HPA_BUILD_COMPILER;
+  info["build_type"] = HPA_BUILD_TYPE;
+  info["flags"] = HPA_BUILD_FLAGS;
+  info["openmp"] = HPA_BUILD_OPENMP;
+  info["cuda"] = HPA_BUILD_CUDA;
+  return info;
+}
+
+int max_threads() {
+#ifdef _OPENMP
+  return omp_get_num_procs();
+#else
+  return 1;
+#endif
+}
+
+}  // namespace
+}  // namespace hpa::bindings
+
+PYBIND11_MODULE(_cpu, module) {
+  using namespace hpa::bindings;
+  module.doc() = "Compiled kernels of hpa_ext for the CPU; use them through the functions of hpa_ext.";
+  module.attr("__version__") = HPA_VERSION;
+  module.attr("INTERFACE") = kInterface;
+  module.def("build_info", &build_info, "What the module was built with.");
+  module.def("max_threads", &max_threads, "Threads that this process may run on (1 without OpenMP).");
+  module.def("isa", [] { return hpa::isa::active().name; }, "Instruction set in use.");
+  module.def("available_isas", &hpa::isa::available, "Instruction sets that this machine can run, slowest first.");
+  module.def("select_isa", &hpa::isa::select, "Switches the instruction set for the whole process.");
+  module.def("is_read_only", &is_read_only, "Whether an array's DLPack export is marked read-only.");
+
+  module.def("accumulate_gram_", &accumulate_gram_);
+  module.def("inverse_diagonal", &inverse_diagonal_);
+  module.def("accumulate_importance_", &accumulate_importance_);
+  module.def("change_statistics", &change_statistics_);
+  module.def("balanced_mask", &balanced_mask_);
+  module.def("merge_", &merge_);
+  module.def("project_", &project_);
+  module.def("orthonormalize_", &orthonormalize_);
+}

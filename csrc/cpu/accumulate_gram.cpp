@@ -1,0 +1,35 @@
+// gram[i, j] += scale * sum_t x[t, i] x[t, j],  j <= i                     gram [cols, cols], x [tokens, cols]
+//
+// Arithmetic   in the dtype of gram (float32, float64); x is widened while it is packed.  A product of two bfloat16 or
+//              float16 values is exact in float32.  256 tokens are summed in a register, then scaled and added to gram:
+//              rounding grows with 256 + tokens / 256 terms, not with tokens.  The scale is applied to sums, so that
+//              bfloat16 activations are not rounded a second time.
+// Bytes moved  x once (minimum: once).  The lower half of gram is read and written once for each 256 tokens (minimum:
+//              once a call); at 4096 columns that is 64 MB beside 2.1 billion multiply-adds.
+// Scratch      256 x cols of packed x.
+// Design       The product is symmetric: x is packed once and serves as both operands, and only blocks on or below the
+//              diagonal are computed, half the work of a full product.  Each element of gram has one owner and a fixed
+//              order of summation, so the result does not depend on the number of threads.
+#include "hpa/check.h"
+#include "hpa/kernels.h"
+#include "panels.h"
+
+namespace hpa {
+
+void accumulate_gram(const TensorView& gram, const TensorView& x, double scale, int threads) {
+  const MatrixView c = as_matrix("gram", gram);
+  const MatrixView rows = as_matrix("x", x);
+  check(c.dtype == DType::f32 || c.dtype == DType::f64, "gram", "expected float32 or float64");
+  check_shape("gram", gram, {rows.cols, rows.cols});
+  check(rows.dtype != DType::f64 || c.dtype == DType::f64, "x", "float64 needs a float64 gram");
+
+  const MatrixView lanes = {rows.data, rows.dtype, rows.cols, rows.rows, rows.col_stride, rows.row_stride};
+  const isa::Table& table = isa::active();
+  if (c.dtype == DType::f32) {
+    add_gram(table.f32, lanes, static_cast<float>(scale), c, threads);
+  } else {
+    add_gram(table.f64, lanes, scale, c, threads);
+  }
+}
+
+}  // namespace hpa

@@ -1,0 +1,85 @@
+// The inner loops, once for each instruction set.
+//
+// kernels.inl is compiled several times, each time in a file and a namespace of its own with flags of its own, and fills
+// one Table.  Everything else in csrc/cpu is compiled for the platform's baseline and calls through the active table.
+#pragma once
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "hpa/tensor_view.h"
+
+namespace hpa::isa {
+
+// Inner loops that compute in T (float or double).  Pointers of type T are contiguous; `void*` sources and targets have
+// the dtype that the function's place in its array names, with a stride in elements.
+template <class T>
+struct Kernels {
+  using Load = void (*)(const void* source, std::int64_t stride, std::int64_t count, T* target);
+  using Store = void (*)(const T* source, std::int64_t count, void* target, std::int64_t stride);
+
+  Load load[kFloatTypes];    // widened to T; exact, but for f64 read as float
+  Store store[kFloatTypes];  // rounded to nearest, ties to even
+
+  // Products are summed in T by lane, lanes in double.
+  double (*dot)(const T* a, const T* b, std::int64_t count);
+  // out[i] = <a[i], b>, i < 4: b is read once.
+  void (*dot4)(const T* const a[4], const T* b, std::int64_t count, double out[4]);
+  // y -= sum_{i < 4} factor[i] * x[i].
+  void (*subtract4)(const T factor[4], const T* const x[4], std::int64_t count, T* y);
+  void (*scale)(double factor, std::int64_t count, T* x);  // x *= factor, rounded once
+  double (*sum_of_squares)(const T* x, std::int64_t count);  // in double throughout
+
+  void (*add_squares)(const T* g, std::int64_t count, T* total);
+  void (*add_abs_products)(const T* g, const T* w, std::int64_t count, T* total);
+
+  // change = after - before; column += change^2 in T; sums += { change * before, before^2, change^2 } in double.
+  void (*change)(const T* before, const T* after, std::int64_t count, T* column, double sums[3]);
+
+  // ---- Dense algebra on packed panels: `panel` lanes side by side, [depth][panel]. ----
+  std::int64_t panel;
+
+  // c[i][j] += alpha * sum_d a[d][i] b[d][j] for i < rows, j < cols and j <= i + reach.
+  void (*update)(std::int64_t depth, const T* a, const T* b, T alpha, std::int64_t rows, std::int64_t cols,
+                 std::int64_t reach, T* c, std::int64_t stride);
+  // Forward substitution in every lane: L y = x, L lower triangular of order `depth`, x and y in `lanes`.
+  void (*solve)(std::int64_t depth, const T* factor, std::int64_t stride, T* lanes);
+  // sums[lane] += sum_d lanes[d][lane]^2 in double.
+  void (*add_lane_squares)(std::int64_t depth, const T* lanes, double* sums);
+};
+
+struct Table {
+  const char* name;
+  Kernels<float> f32;
+  Kernels<double> f64;
+
+  // One row of hpa::merge, contiguous, for each dtype; kept elements are copied bit by bit.
+  using Merge = void (*)(void* after, const void* before, const std::uint8_t* mask, double projection,
+                         std::int64_t count);
+  Merge merge[kFloatTypes];
+
+  template <class T>
+  const Kernels<T>& kernels() const {
+    if constexpr (sizeof(T) == sizeof(float)) {
+      return f32;
+    } else {
+      return f64;
+    }
+  }
+};
+
+extern const Table baseline_table;
+#ifdef HPA_X86_ISA
+extern const Table avx2_table;
+extern const Table avx512_table;
+#endif
+
+// The table in use: the best this CPU and operating system can run, unless HPA_ISA or select() names another.
+const Table& active();
+// Names of the tables that can run here, slowest first.
+std::vector<std::string> available();
+// Switches to the table of that name; throws std::invalid_argument where it cannot run.
+void select(const std::string& name);
+
+}  // namespace hpa::isa

@@ -1,0 +1,326 @@
+// g -= sum_k <g, q_k> q_k  for each of m vectors g, rank rows q_k           grads[i] [m, *shape_i], basis[i] [rank, *shape_i]
+//
+// Arithmetic   float32, or float64 where any argument is.  Dot products: float32 over at most 2048 elements, float64
+//              over blocks and over the list.  g is rounded to its storage dtype once a pass.
+// Bytes moved  Few vectors: grads read twice and written once, basis read twice, both the minimum for a dot product of
+//              the whole that must be finished before it is used.  Many vectors: groups of rows read the basis twice
+//              each, against 2 * rank multiply-adds an element.
+// Design       Two loops, chosen by shape.  Few vectors or a small basis: stream blocks that fit the first-level cache,
+//              four rows of the basis at a time.  Many vectors and a large basis: two products of packed panels for
+//              each group of vectors, which needs nothing from other groups.  Owners and order of sums are fixed by
+//              shape: the result does not depend on the number of threads.
+#include <algorithm>
+#include <vector>
+
+#include "buffer.h"
+#include "hpa/check.h"
+#include "hpa/kernels.h"
+#include "panels.h"
+#include "parallel.h"
+#include "rows.h"
+
+namespace hpa {
+namespace {
+
+constexpr std::int64_t kBlock = 2048;        // elements of a vector at a time: four rows of the basis and one of grads
+constexpr std::int64_t kVectors = 8;         // vectors that share a reading of the basis
+constexpr std::int64_t kGroups = 512;        // most groups of blocks over which partial sums are kept
+constexpr std::int64_t kManyVectors = 32;    // from here on, with a basis of
+constexpr std::int64_t kLargeRank = 16;      // this rank or more, panels pay
+constexpr std::int64_t kGroupPanels = 4;     // panels of vectors in a task
+constexpr std::int64_t kColumns = 256;       // columns updated at a time
+constexpr std::int64_t kGrain = 256 * 1024;  // multiply-adds worth a thread
+
+struct Slices {
+  std::vector<RowsView> grads, basis;
+  std::int64_t vectors = 0, rank = 0, length = 0;
+};
+
+// A piece of one slice.
+struct Piece {
+  std::size_t slice;
+  std::int64_t start, count;
+};
+
+std::vector<Piece> cut(const Slices& slices, std::int64_t longest) {
+  std::vector<Piece> pieces;
+  for (std::size_t i = 0; i < slices.grads.size(); ++i) {
+    const std::int64_t length = slices.grads[i].length();
+    for (std::int64_t at = 0; at < length; at += longest) pieces.push_back({i, at, std::min(longest, length - at)});
+  }
+  return pieces;
+}
+
+// ---- Few vectors: streams ---------------------------------------------------------------------------------------------
+
+template <class T>
+class Stream {
+ public:
+  Stream(const Slices& slices, int threads)
+      : kernels_(isa::active().kernels<T>()),
+        slices_(slices),
+        pieces_(cut(slices, kBlock)),
+        vector_groups_(ceil_div(slices.vectors, kVectors)),
+        piece_groups_(std::clamp<std::int64_t>(kGroups / vector_groups_, 1, static_cast<std::int64_t>(pieces_.size()))),
+        threads_(useful_threads(slices.vectors * slices.rank * slices.length, kGrain, threads)),
+        coefficients_(slices.vectors * slices.rank),
+        partial_(piece_groups_ * slices.vectors * slices.rank),
+        scratch_(threads_ * (kVectors + 4) * kBlock) {}
+
+  void run() {
+    const std::int64_t tasks = vector_groups_ * piece_groups_;
+    parallel_for(tasks, threads_, [&](std::int64_t task, int thread) { multiply(task, thread); });
+    const std::int64_t count = slices_.vectors * slices_.rank;
+    for (std::int64_t i = 0; i < count; ++i) {
+      double sum = 0;
+      for (std::int64_t group = 0; group < piece_groups_; ++group) sum += partial_[group * count + i];
+      coefficients_[i] = static_cast<T>(sum);
+    }
+    parallel_for(tasks, threads_, [&](std::int64_t task, int thread) { subtract(task, thread); });
+  }
+
+ private:
+  struct Task {
+    std::int64_t first_vector, vectors, group;
+    std::size_t first_piece, last_piece;
+  };
+
+  Task describe(std::int64_t task) const {
+    const std::int64_t group = task / vector_groups_, first = task % vector_groups_ * kVectors;
+    const auto pieces = static_cast<std::int64_t>(pieces_.size());
+    return {first, std::min(kVectors, slices_.vectors - first), group,
+            static_cast<std::size_t>(group * pieces / piece_groups_),
+            static_cast<std::size_t>((group + 1) * pieces / piece_groups_)};
+  }
+
+  // Rows [k, k + 4) of the basis; where it ends, its last row is repeated and its results are not used.
+  void read_basis(const Piece& piece, std::int64_t k, T* scratch, const T* rows[4]) const {
+    for (std::int64_t i = 0; i < 4; ++i) {
+      rows[i] = k + i < slices_.rank ? slices_.basis[piece.slice].read(kernels_, k + i, piece.start, piece.count,
+                                                                       scratch + i * kBlock)
+                                     : rows[i - 1];
+    }
+  }
+
+  void multiply(std::int64_t number, int thread) const {
+    const Task task = describe(number);
+    T* scratch = scratch_.data() + thread * (kVectors + 4) * kBlock;
+    double* sums = partial_.data() + (task.group * slices_.vectors + task.first_vector) * slices_.rank;
+    std::fill(sums, sums + task.vectors * slices_.rank, 0.0);
+    for (std::size_t index = task.first_piece; index < task.last_piece; ++index) {
+      const Piece& piece = pieces_[index];
+      const T* vectors[kVectors];
+      for (std::int64_t v = 0; v < task.vectors; ++v) {
+        vectors[v] = slices_.grads[piece.slice].read(kernels_, task.first_vector + v, piece.start, piece.count,
+                                                     scratch + (4 + v) * kBlock);
+      }
+      for (std::int64_t k = 0; k < slices_.rank; k += 4) {
+        const T* rows[4];
+        read_basis(piece, k, scratch, rows);
+        for (std::int64_t v = 0; v < task.vectors; ++v) {
+          double dots[4];
+          kernels_.dot4(rows, vectors[v], piece.count, dots);
+          for (std::int64_t i = 0; i < std::min<std::int64_t>(4, slices_.rank - k); ++i) {
+            sums[v * slices_.rank + k + i] += dots[i];
+          }
+        }
+      }
+    }
+  }
+
+  void subtract(std::int64_t number, int thread) const {
+    const Task task = describe(number);
+    T* scratch = scratch_.data() + thread * (kVectors + 4) * kBlock;
+    for (std::size_t index = task.first_piece; index < task.last_piece; ++index) {
+      const Piece& piece = pieces_[index];
+      const RowsView& grads = slices_.grads[piece.slice];
+      T* vectors[kVectors];
+      for (std::int64_t v = 0; v < task.vectors; ++v) {
+        vectors[v] = grads.read(kernels_, task.first_vector + v, piece.start, piece.count, scratch + (4 + v) * kBlock);
+      }
+      for (std::int64_t k = 0; k < slices_.rank; k += 4) {
+        const T* rows[4];
+        read_basis(piece, k, scratch, rows);
+        for (std::int64_t v = 0; v < task.vectors; ++v) {
+          const T* known = coefficients_.data() + (task.first_vector + v) * slices_.rank + k;
+          T factors[4] = {};
+          std::copy(known, known + std::min<std::int64_t>(4, slices_.rank - k), factors);
+          kernels_.subtract4(factors, rows, piece.count, vectors[v]);
+        }
+      }
+      for (std::int64_t v = 0; v < task.vectors; ++v) {
+        grads.write(kernels_, task.first_vector + v, piece.start, piece.count, vectors[v]);
+      }
+    }
+  }
+
+  const isa::Kernels<T>& kernels_;
+  const Slices& slices_;
+  std::vector<Piece> pieces_;
+  std::int64_t vector_groups_, piece_groups_;
+  int threads_;
+  Buffer<T> coefficients_;
+  Buffer<double> partial_;
+  Buffer<T> scratch_;
+};
+
+// ---- Many vectors: panels ---------------------------------------------------------------------------------------------
+
+// Packs `count` rows from `first` on into panels [depth][panel], lane = row.
+template <class T>
+void pack_rows(const isa::Kernels<T>& kernels, const RowsView& view, std::int64_t first, std::int64_t count,
+               const Piece& piece, T* panels, T* scratch) {
+  const std::int64_t p = kernels.panel;
+  for (std::int64_t lane = 0; lane < ceil_div(count, p) * p; ++lane) {
+    T* out = panels + lane / p * piece.count * p + lane % p;
+    const T* values = nullptr;
+    if (lane < count) values = view.read(kernels, first + lane, piece.start, piece.count, scratch);
+    for (std::int64_t d = 0; d < piece.count; ++d) out[d * p] = values == nullptr ? T(0) : values[d];
+  }
+}
+
+// Packs rows [first, first + depth) of the basis into panels [depth][panel], lane = element of the piece.
+template <class T>
+void pack_elements(const isa::Kernels<T>& kernels, const RowsView& view, std::int64_t first, std::int64_t depth,
+                   const Piece& piece, T* panels, T* scratch) {
+  const std::int64_t p = kernels.panel;
+  for (std::int64_t d = 0; d < depth; ++d) {
+    const T* values = view.read(kernels, first + d, piece.start, piece.count, scratch);
+    for (std::int64_t at = 0; at < piece.count; at += p) {
+      T* out = panels + at / p * depth * p + d * p;
+      const std::int64_t width = std::min(p, piece.count - at);
+      std::copy(values + at, values + at + width, out);
+      std::fill(out + width, out + p, T(0));
+    }
+  }
+}
+
+template <class T>
+class Blocked {
+ public:
+  Blocked(const Slices& slices, int threads)
+      : kernels_(isa::active().kernels<T>()),
+        slices_(slices),
+        p_(kernels_.panel),
+        group_(kGroupPanels * p_),
+        rank_pad_(ceil_div(slices.rank, p_) * p_),
+        columns_pad_(ceil_div(kColumns, p_) * p_),
+        deep_(cut(slices, kDepth)),
+        wide_(cut(slices, kColumns)),
+        tasks_(ceil_div(slices.vectors, group_)),
+        threads_(std::min<int>(useful_threads(slices.vectors * slices.rank * slices.length, kGrain, threads),
+                               static_cast<int>(tasks_))),
+        sums_(threads_ * group_ * rank_pad_),
+        product_(threads_ * group_ * std::max(rank_pad_, columns_pad_)),
+        left_(threads_ * group_ * std::max(kDepth, rank_pad_)),
+        right_(threads_ * std::max(rank_pad_ * kDepth, columns_pad_ * rank_pad_)),
+        row_(threads_ * std::max(kDepth, kColumns)) {}
+
+  void run() {
+    parallel_for(tasks_, threads_, [&](std::int64_t task, int thread) {
+      const std::int64_t first = task * group_, count = std::min(group_, slices_.vectors - first);
+      double* sums = sums_.data() + thread * group_ * rank_pad_;
+      T* product = product_.data() + thread * group_ * std::max(rank_pad_, columns_pad_);
+      T* left = left_.data() + thread * group_ * std::max(kDepth, rank_pad_);
+      T* right = right_.data() + thread * std::max(rank_pad_ * kDepth, columns_pad_ * rank_pad_);
+      T* row = row_.data() + thread * std::max(kDepth, kColumns);
+      coefficients(first, count, sums, product, left, right, row);
+      subtract(first, count, sums, product, left, right, row);
+    });
+  }
+
+ private:
+  // product [rows, width] = A B^T for packed panels of `rows` and `width` lanes.
+  void multiply(const T* a, std::int64_t rows, const T* b, std::int64_t width, std::int64_t depth, T* product) const {
+    const std::int64_t pitch = ceil_div(width, p_) * p_;
+    std::fill(product, product + ceil_div(rows, p_) * p_ * pitch, T(0));
+    for (std::int64_t j = 0; j < width; j += p_) {
+      for (std::int64_t i = 0; i < rows; i += p_) {
+        kernels_.update(depth, a + i * depth, b + j * depth, T(1), p_, p_, p_, product + i * pitch + j, pitch);
+      }
+    }
+  }
+
+  void coefficients(std::int64_t first, std::int64_t count, double* sums, T* product, T* left, T* right, T* row) const {
+    std::fill(sums, sums + group_ * rank_pad_, 0.0);
+    for (const Piece& piece : deep_) {
+      pack_rows(kernels_, slices_.grads[piece.slice], first, count, piece, left, row);
+      pack_rows(kernels_, slices_.basis[piece.slice], 0, slices_.rank, piece, right, row);
+      multiply(left, count, right, slices_.rank, piece.count, product);
+      for (std::int64_t i = 0; i < count * rank_pad_; ++i) sums[i] += static_cast<double>(product[i]);
+    }
+  }
+
+  void subtract(std::int64_t first, std::int64_t count, const double* sums, T* product, T* left, T* right,
+                T* row) const {
+    for (std::int64_t lane = 0; lane < ceil_div(count, p_) * p_; ++lane) {
+      T* out = left + lane / p_ * slices_.rank * p_ + lane % p_;
+      for (std::int64_t k = 0; k < slices_.rank; ++k) {
+        out[k * p_] = lane < count ? static_cast<T>(sums[lane * rank_pad_ + k]) : T(0);
+      }
+    }
+    for (const Piece& piece : wide_) {
+      const RowsView& grads = slices_.grads[piece.slice];
+      const std::int64_t pitch = ceil_div(piece.count, p_) * p_;
+      pack_elements(kernels_, slices_.basis[piece.slice], 0, slices_.rank, piece, right, row);
+      multiply(left, count, right, piece.count, slices_.rank, product);
+      for (std::int64_t v = 0; v < count; ++v) {
+        T* values = grads.read(kernels_, first + v, piece.start, piece.count, row);
+        const T* part = product + v * pitch;
+        for (std::int64_t j = 0; j < piece.count; ++j) values[j] -= part[j];
+        grads.write(kernels_, first + v, piece.start, piece.count, values);
+      }
+    }
+  }
+
+  const isa::Kernels<T>& kernels_;
+  const Slices& slices_;
+  std::int64_t p_, group_, rank_pad_, columns_pad_;
+  std::vector<Piece> deep_, wide_;
+  std::int64_t tasks_;
+  int threads_;
+  Buffer<double> sums_;
+  Buffer<T> product_, left_, right_, row_;
+};
+
+template <class T>
+void project_slices(const Slices& slices, int passes, int threads) {
+  if (slices.vectors >= kManyVectors && slices.rank >= kLargeRank) {
+    Blocked<T> blocked(slices, threads);
+    for (int pass = 0; pass < passes; ++pass) blocked.run();
+  } else {
+    Stream<T> stream(slices, threads);
+    for (int pass = 0; pass < passes; ++pass) stream.run();
+  }
+}
+
+}  // namespace
+
+void project(const std::vector<TensorView>& grads, const std::vector<TensorView>& basis, int passes, int threads) {
+  check(basis.size() == grads.size(), "basis", "expected as many tensors as grads");
+  if (grads.empty()) return;
+  Slices slices;
+  bool wide = false;
+  for (std::size_t i = 0; i < grads.size(); ++i) {
+    check_float("grads", grads[i]);
+    check_float("basis", basis[i]);
+    check(grads[i].dims >= 1 && grads[i].shape[0] == grads[0].shape[0], "grads", "expected as many vectors in each");
+    check(basis[i].dims == grads[i].dims && basis[i].shape[0] == basis[0].shape[0] &&
+              std::equal(basis[i].shape + 1, basis[i].shape + basis[i].dims, grads[i].shape + 1),
+          "basis", "expected [rank, *shape of grads]");
+    slices.grads.emplace_back(grads[i], 1);
+    slices.basis.emplace_back(basis[i], 1);
+    slices.length += slices.grads.back().length();
+    wide = wide || grads[i].dtype == DType::f64 || basis[i].dtype == DType::f64;
+  }
+  slices.vectors = grads[0].shape[0];
+  slices.rank = basis[0].shape[0];
+  if (slices.vectors == 0 || slices.rank == 0 || slices.length == 0) return;
+  if (wide) {
+    project_slices<double>(slices, passes, threads);
+  } else {
+    project_slices<float>(slices, passes, threads);
+  }
+}
+
+}  // namespace hpa

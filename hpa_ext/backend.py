@@ -1,0 +1,137 @@
+"""Which implementation serves a call.
+
+``cpu`` is the compiled extension ``hpa_ext._cpu``, ``reference`` is plain torch on any device.  The device of the
+tensors decides, unless ``backend=`` or the environment variable ``HPA_BACKEND`` names one: a named backend that
+cannot run raises, it is never replaced in silence.
+
+The source tree's package folder can hide the installed one (``python`` started at the repository root), so the
+package extends its path to the installed copy and this module checks that the binary it finds belongs to this source.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from functools import cache
+from types import ModuleType
+from typing import Any, Final, Protocol, cast
+
+import torch
+from torch import Tensor
+
+__all__ = ["BACKENDS", "INTERFACE", "Backend", "BackendError", "automatic", "extension", "select"]
+
+INTERFACE: Final = 1
+"""Version of the calls between this package and ``_cpu``; raised together with the constant of csrc/bindings."""
+
+BACKENDS: Final = ("cpu", "reference")
+
+
+class BackendError(RuntimeError):
+    """A backend that was asked for, or that the device needs, cannot run here."""
+
+
+class Backend(Protocol):
+    """The eight functions on checked arguments: detached tensors of one device, shapes and dtypes that fit."""
+
+    def accumulate_gram_(self, gram: Tensor, x: Tensor, scale: float) -> None: ...
+
+    def inverse_diagonal(
+        self, gram: Tensor | None, activations: Tensor | None, scale: float, damping: float, mode: str
+    ) -> tuple[Tensor | None, float, str]:
+        """One attempt: the diagonal (``None`` where the matrix is not positive definite), lambda, and the route."""
+        ...
+
+    def accumulate_importance_(
+        self, importance: list[Tensor], grads: list[Tensor], weights: list[Tensor] | None, kind: str
+    ) -> None: ...
+
+    def change_statistics(self, before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+        """Column means, and float64 ``[3]``: dot, before_norm_sq, change_norm_sq."""
+        ...
+
+    def balanced_mask(
+        self,
+        safety: Tensor,
+        task: Tensor,
+        keep: int,
+        focus: int,
+        alpha: tuple[float, float],
+        mode: str,
+        alpha_mode: str,
+        alpha_sign: int,
+        overflow: str,
+        phi_norm: str,
+    ) -> tuple[Tensor, float, float, int, int, int]:
+        """Mask, alpha, log_ratio, overlap, kept_safety_only, kept_overlap."""
+        ...
+
+    def merge_(self, after: Tensor, before: Tensor, mask: Tensor, projection: float) -> None: ...
+
+    def project_(self, grads: list[Tensor], basis: list[Tensor], passes: int) -> None:
+        """Each ``grads[i]`` is ``[vectors, n_i]`` or one long vector's slice; ``basis[i]`` is ``[rank, n_i]``."""
+        ...
+
+    def orthonormalize_(self, vectors: Tensor, basis: Tensor | None, rtol: float) -> int: ...
+
+
+def automatic(device: torch.device) -> str:
+    """The backend that serves ``device`` when nothing names one."""
+    return "cpu" if device.type == "cpu" else "reference"
+
+
+def select(name: str | None, device: torch.device) -> Backend:
+    """Returns the backend for a call.
+
+    Args:
+        name: the caller's ``backend=``; ``None`` reads ``HPA_BACKEND``, then the device decides.
+        device: where the tensors are.
+
+    Raises:
+        ValueError: no backend has that name, or it does not serve that device.
+        BackendError: the compiled module is missing or belongs to another version.
+    """
+    if name is None:
+        name = os.environ.get("HPA_BACKEND") or automatic(device)
+        origin = "HPA_BACKEND"
+    else:
+        origin = "backend"
+    if name == "reference":
+        return _module("hpa_ext.reference")
+    if name == "cpu":
+        if device.type != "cpu":
+            raise ValueError(f"{origin}: 'cpu' serves tensors on the CPU, got tensors on {device}")
+        extension()
+        return _module("hpa_ext.cpu")
+    raise ValueError(f"{origin}: expected one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
+
+
+@cache
+def extension() -> Any:
+    """The compiled module ``hpa_ext._cpu``.
+
+    Raises:
+        BackendError: not built, or built from another version of the source.
+    """
+    from hpa_ext import __version__
+
+    try:
+        module = importlib.import_module("hpa_ext._cpu")
+    except ImportError as error:
+        raise BackendError(
+            f"the compiled module hpa_ext._cpu cannot be loaded ({error}). Install the package: `pip install .` (or "
+            "`pip install -e . --no-build-isolation` in a checkout). backend='reference' or HPA_BACKEND=reference "
+            "runs plain torch instead."
+        ) from error
+    built = (module.__version__, module.INTERFACE)
+    if built != (__version__, INTERFACE):
+        raise BackendError(
+            f"the compiled module {module.__file__} is of version {built[0]} (interface {built[1]}), the Python source "
+            f"beside {__file__} of version {__version__} (interface {INTERFACE}). Install again: `pip install .`"
+        )
+    return module
+
+
+def _module(name: str) -> Backend:
+    module: ModuleType = importlib.import_module(name)
+    return cast(Backend, module)

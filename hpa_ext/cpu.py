@@ -1,0 +1,116 @@
+"""Calls into the compiled module: allocates outputs, passes the number of threads, bumps version counters.
+
+Functions take checked arguments (:class:`hpa_ext.backend.Backend`).  The extension reads tensors through DLPack and
+releases the GIL while it works.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from hpa_ext.backend import extension
+
+__all__ = [
+    "accumulate_gram_",
+    "accumulate_importance_",
+    "balanced_mask",
+    "change_statistics",
+    "inverse_diagonal",
+    "merge_",
+    "num_threads",
+    "orthonormalize_",
+    "project_",
+]
+
+
+def num_threads() -> int:
+    """Threads a call may use: ``HPA_NUM_THREADS``, else torch's own setting (which follows ``OMP_NUM_THREADS``).
+
+    Following torch keeps data loader workers and ``torch.set_num_threads`` from being oversubscribed.
+    """
+    forced = os.environ.get("HPA_NUM_THREADS")
+    if not forced:
+        return torch.get_num_threads()
+    if not forced.isdecimal() or int(forced) == 0:
+        raise ValueError(f"HPA_NUM_THREADS: expected a positive whole number, got {forced!r}")
+    return int(forced)
+
+
+def accumulate_gram_(gram: Tensor, x: Tensor, scale: float) -> None:
+    extension().accumulate_gram_(gram, x, scale, num_threads())
+    _written(gram)
+
+
+def inverse_diagonal(
+    gram: Tensor | None, activations: Tensor | None, scale: float, damping: float, mode: str
+) -> tuple[Tensor | None, float, str]:
+    given = gram if gram is not None else activations
+    assert given is not None
+    dtype = torch.float64 if given.dtype == torch.float64 else torch.float32
+    out = torch.empty(given.shape[1], dtype=dtype)
+    status, lam, route = extension().inverse_diagonal(
+        out, gram, activations, scale, damping, mode, num_threads()
+    )
+    if status == "non_finite":
+        raise ValueError(f"{'gram' if gram is not None else 'activations'}: contains NaN or Inf")
+    return (out if status == "ok" else None), lam, route
+
+
+def accumulate_importance_(
+    importance: list[Tensor], grads: list[Tensor], weights: list[Tensor] | None, kind: str
+) -> None:
+    extension().accumulate_importance_(importance, grads, weights or [], num_threads())
+    _written(*importance)
+
+
+def change_statistics(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
+    dtype = torch.float64 if before.dtype == torch.float64 else torch.float32
+    column_change = torch.empty(before.shape[1], dtype=dtype)
+    scalars = torch.empty(3, dtype=torch.float64)
+    extension().change_statistics(column_change, scalars, before, after, num_threads())
+    return column_change, scalars
+
+
+def balanced_mask(
+    safety: Tensor,
+    task: Tensor,
+    keep: int,
+    focus: int,
+    alpha: tuple[float, float],
+    mode: str,
+    alpha_mode: str,
+    alpha_sign: int,
+    overflow: str,
+    phi_norm: str,
+) -> tuple[Tensor, float, float, int, int, int]:
+    mask = torch.empty(safety.shape[0], dtype=torch.bool)
+    numbers = extension().balanced_mask(
+        mask, safety, task, keep, focus, *alpha, mode, alpha_mode, alpha_sign, overflow, phi_norm
+    )
+    return (mask, *numbers)
+
+
+def merge_(after: Tensor, before: Tensor, mask: Tensor, projection: float) -> None:
+    extension().merge_(after, before, mask, projection, num_threads())
+    _written(after)
+
+
+def project_(grads: list[Tensor], basis: list[Tensor], passes: int) -> None:
+    extension().project_(grads, basis, passes, num_threads())
+    _written(*grads)
+
+
+def orthonormalize_(vectors: Tensor, basis: Tensor | None, rtol: float) -> int:
+    kept, bad_row = extension().orthonormalize_(vectors, basis, rtol, num_threads())
+    if bad_row >= 0:
+        raise ValueError(f"vectors: row {bad_row} contains NaN or Inf")
+    _written(vectors)
+    return int(kept)
+
+
+def _written(*tensors: Tensor) -> None:
+    """Tells autograd that memory it may have saved has changed."""
+    torch.autograd.graph.increment_version(tensors)

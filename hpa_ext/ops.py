@@ -1,0 +1,589 @@
+"""The eight functions: what they compute, what they accept, what they raise.
+
+All take torch tensors (also ``nn.Parameter`` and tensors that require grad: autograd does not record these calls) and
+any other array that speaks DLPack; nothing is copied.  A trailing ``_`` means in place: the first argument is changed,
+its version counter is bumped, and what was passed comes back.  Rows may be strided.  float32, bfloat16 and float16 are
+computed in float32 at least, float64 in float64.
+
+Every function raises ``TypeError`` for a wrong kind of argument or dtype and ``ValueError`` for a wrong shape, device
+or value, or for memory that is read-only or shared with another argument; messages begin with the argument's name.
+``backend`` is ``None`` (the device decides), ``"cpu"`` or ``"reference"``; see :mod:`hpa_ext.backend`.
+
+Sources: HPA (arXiv 2511.20158) for the scores, the selection and the adjustment; SparseGPT (arXiv 2301.00774) for the
+layer-wise Hessian; Optimal Brain Surgeon for the inverse diagonal; EWC (arXiv 1612.00796) and Molchanov et al. (arXiv
+1906.10771) for the importances; Daniel et al. (1976), Kahan and Parlett, and Barlow and Smoktunowicz (2013) for the
+orthogonalisation.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from hpa_ext import backend as backends
+from hpa_ext.arguments import (
+    TensorLike,
+    as_number,
+    as_tensor,
+    as_tensor_list,
+    check_choice,
+    check_no_overlap,
+    check_same_device,
+    check_same_dtype,
+    check_same_shape,
+)
+
+__all__ = [
+    "BalancedMask",
+    "ChangeStatistics",
+    "DampingWarning",
+    "FactorizationError",
+    "accumulate_gram_",
+    "accumulate_importance_",
+    "balanced_mask",
+    "change_statistics",
+    "inverse_diagonal",
+    "merge_",
+    "orthonormalize_",
+    "project_",
+]
+
+T = TypeVar("T", bound=TensorLike)
+Tensors = TypeVar("Tensors", bound=TensorLike | Sequence[TensorLike])
+
+
+class FactorizationError(ValueError, RuntimeError):
+    """A damped Gram matrix is not positive definite, even at the strongest damping."""
+
+
+class DampingWarning(UserWarning):
+    """The requested damping did not make the matrix positive definite; a stronger one was used."""
+
+
+class ChangeStatistics(NamedTuple):
+    """What :func:`change_statistics` returns; ``change`` stands for ``after - before``."""
+
+    column_change: Tensor
+    """``[cols]``, float32 (float64 for float64 weights): mean over rows of ``change**2``."""
+    dot: Tensor
+    """0-dim float64: ``<change, before>``."""
+    before_norm_sq: Tensor
+    """0-dim float64: ``||before||**2``."""
+    change_norm_sq: Tensor
+    """0-dim float64: ``||change||**2``."""
+
+
+class BalancedMask(NamedTuple):
+    """What :func:`balanced_mask` returns."""
+
+    mask: Tensor
+    """bool ``[cols]``: columns that go back to the old weights (R)."""
+    alpha: float
+    """The weight of the task score in phi."""
+    log_ratio: float
+    """m, the mean of ``log(safety / task)`` over columns where both are positive."""
+    overlap: int
+    """|O|: columns in both focused sets."""
+    kept: int
+    """|R|."""
+    kept_safety_only: int
+    """Kept columns that are safety-focused alone (from N)."""
+    kept_overlap: int
+    """Kept columns that are in both focused sets (from O)."""
+
+
+def accumulate_gram_(gram: T, x: TensorLike, scale: float = 2.0, *, backend: str | None = None) -> T:
+    """Adds ``scale * x^T x`` to the lower triangle of ``gram``: the layer-wise least-squares Hessian before averaging.
+
+    Args:
+        gram: ``[cols, cols]`` float32 or float64, changed in place. The triangle above the diagonal is neither read
+            nor written.
+        x: ``[..., cols]`` activations, one token a row; float32, bfloat16 or float16 (any of them with a float64
+            ``gram``, which also takes float64). Products are taken and summed in the dtype of ``gram``.
+        scale: factor, applied to finished sums; 2 makes it the Hessian of ``||W x - y||^2``.
+        backend: ``"cpu"``, ``"reference"`` or ``None``.
+
+    Returns:
+        ``gram``.
+
+    Raises:
+        TypeError, ValueError: see the module; also float64 ``x`` with a float32 ``gram``.
+
+    Tokens are summed in blocks of fixed size: results are bit-reproducible for any number of threads on one machine.
+    NaN and Inf in ``x`` spread to the rows and columns of ``gram`` they belong to.
+    """
+    gram_tensor = as_tensor("gram", gram, dtypes=(torch.float32, torch.float64), dims="[cols, cols]", writable=True)
+    _check_square("gram", gram_tensor)
+    x_tensor = as_tensor("x", x, dims="[..., cols]")
+    cols = gram_tensor.shape[0]
+    if x_tensor.shape[-1] != cols:
+        raise ValueError(f"x: expected {cols} columns like gram, got {tuple(x_tensor.shape)}")
+    if x_tensor.dtype == torch.float64 and gram_tensor.dtype != torch.float64:
+        raise TypeError("x: expected float32, bfloat16 or float16 with a float32 gram, got float64")
+    check_same_device("x", x_tensor, "gram", gram_tensor)
+    check_no_overlap([("gram", gram_tensor)], [("x", x_tensor)])
+    factor = as_number("scale", scale)
+    implementation = backends.select(backend, gram_tensor.device)
+    for rows in _as_matrices(x_tensor):
+        implementation.accumulate_gram_(gram_tensor, rows, factor)
+    return gram
+
+
+def inverse_diagonal(
+    gram: TensorLike | None = None,
+    damping: float = 0.01,
+    mode: Literal["exact", "pivot"] = "exact",
+    *,
+    activations: TensorLike | None = None,
+    scale: float = 2.0,
+    info: dict[str, Any] | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Returns ``diag((G + lambda I)^-1)`` with ``lambda = damping * mean(diag G)``: the divisors of the OBS scores.
+
+    Args:
+        gram: G, ``[cols, cols]`` float32 or float64; the lower triangle is read, nothing is changed.
+        damping: lambda in units of the mean diagonal, > 0. Where the factorisation fails it is raised tenfold, up to
+            1.0, with a :class:`DampingWarning`.
+        mode: ``"exact"``: the diagonal of the inverse. ``"pivot"``: ``U_jj^2`` with ``(G + lambda I)^-1 = U^T U`` and U
+            upper triangular, the divisor of SparseGPT and its relatives; it depends on the order of columns.
+        activations: instead of ``gram``: ``[tokens, cols]``, float32, bfloat16, float16 or float64, standing for
+            ``G = scale * activations^T activations``. With fewer than ``0.8 * cols`` tokens the exact diagonal comes
+            from a ``tokens x tokens`` system and G is never formed.
+        scale: see ``activations``; > 0. Not used with ``gram``.
+        info: if given, filled with ``damping`` (used), ``lambda``, ``attempts`` and ``route`` (``"dense"`` or
+            ``"low_rank"``).
+        backend: ``"cpu"``, ``"reference"`` or ``None``.
+
+    Returns:
+        ``[cols]`` float32, or float64 if the input is float64.
+
+    Raises:
+        ValueError: a diagonal that sums to zero (nothing to scale lambda by), NaN or Inf, both or neither of ``gram``
+            and ``activations``.
+        FactorizationError: not positive definite at damping 1.0.
+
+    The exact diagonal is a sum of squares (column norms of the inverse Cholesky factor), so nothing cancels: the
+    relative error is that of the factorisation. Matrices of at most 1024 columns, float64 input and the low-rank route
+    are computed in float64, larger float32 ones in float32 with one ``cols^2`` buffer. Bit-reproducible for any number
+    of threads on one machine.
+    """
+    check_choice("mode", mode, ("exact", "pivot"))
+    used = as_number("damping", damping, minimum=0.0, strictly=True)
+    if (gram is None) == (activations is None):
+        raise ValueError("gram: expected exactly one of gram and activations")
+    gram_tensor = activation_tensor = None
+    if gram is not None:
+        name = "gram"
+        gram_tensor = given = as_tensor(name, gram, dtypes=(torch.float32, torch.float64), dims="[cols, cols]")
+        _check_square(name, given)
+    else:
+        assert activations is not None
+        name = "activations"
+        activation_tensor = given = as_tensor(name, activations, dims="[tokens, cols]")
+    factor = as_number("scale", scale, minimum=0.0, strictly=True)
+    implementation = backends.select(backend, given.device)
+
+    numbers: dict[str, Any] = {} if info is None else info
+    numbers.update({"damping": used, "lambda": 0.0, "attempts": 0, "route": "dense"})
+    if given.shape[1] == 0:
+        return torch.empty(0, dtype=_wide(given.dtype), device=given.device)
+    requested = used
+    while True:
+        diagonal, lam, route = implementation.inverse_diagonal(gram_tensor, activation_tensor, factor, used, mode)
+        if not lam > 0:
+            raise ValueError(f"{name}: expected a positive mean diagonal, got {lam / used:g} (no activations?)")
+        numbers.update({"damping": used, "lambda": lam, "attempts": numbers["attempts"] + 1, "route": route})
+        if diagonal is not None:
+            break
+        # One part in a million more than the limit: 0.01 * 10 * 10 may be a little above 1.
+        if used * 10 > 1.0 + 1e-6:
+            raise FactorizationError(
+                f"{name}: the Gram matrix is not positive definite, even with damping {used:g} (lambda {lam:g})"
+            )
+        used *= 10
+    if used != requested:
+        warnings.warn(
+            f"{name}: not positive definite with damping {requested:g}; used {used:g} (lambda {lam:g})",
+            DampingWarning,
+            stacklevel=2,
+        )
+    return diagonal
+
+
+def accumulate_importance_(
+    importance: Tensors,
+    grads: TensorLike | Sequence[TensorLike | None],
+    weights: TensorLike | Sequence[TensorLike | None] | None = None,
+    kind: Literal["fisher", "taylor"] = "fisher",
+    *,
+    backend: str | None = None,
+) -> Tensors:
+    """Adds ``g^2`` (Fisher information, EWC) or ``|w g|`` (first-order Taylor) to a running importance.
+
+    Args:
+        importance: tensor, or list of tensors, changed in place. float32 keeps a long sum accurate; bfloat16 and
+            float16 are accepted and rounded once a call.
+        grads: like ``importance`` in form and shapes, of any float dtype. A ``None`` in a list (a parameter without a
+            gradient) leaves its importance as it is.
+        weights: like ``grads``; needed by, and only by, ``kind="taylor"``.
+        kind: ``"fisher"`` or ``"taylor"``.
+        backend: ``"cpu"``, ``"reference"`` or ``None``.
+
+    Returns:
+        ``importance``.
+
+    Raises:
+        TypeError, ValueError: see the module; also lists of different lengths.
+
+    A whole list is one call. Each element is computed by itself: bit-reproducible. NaN and Inf spread to their element.
+    """
+    check_choice("kind", kind, ("fisher", "taylor"))
+    if (weights is not None) != (kind == "taylor"):
+        needed = "are needed" if kind == "taylor" else "are not used"
+        raise ValueError(f"weights: {needed} with kind={kind!r}")
+    if isinstance(importance, (list, tuple)):
+        targets = list(importance)
+        grad_items = _as_list("grads", grads, len(targets))
+        weight_items = None if weights is None else _as_list("weights", weights, len(targets))
+        present = [i for i, grad in enumerate(grad_items) if grad is not None]
+        names = [f"[{i}]" for i in present]
+        target_items = [targets[i] for i in present]
+        grad_items = [grad_items[i] for i in present]
+        weight_items = None if weight_items is None else [weight_items[i] for i in present]
+    else:
+        names, target_items, grad_items = [""], [importance], [grads]
+        weight_items = None if weights is None else [weights]
+
+    target_tensors = [as_tensor(f"importance{n}", t, writable=True) for n, t in zip(names, target_items, strict=True)]
+    grad_tensors = [as_tensor(f"grads{n}", t) for n, t in zip(names, grad_items, strict=True)]
+    weight_tensors = None
+    read = [(f"grads{n}", t) for n, t in zip(names, grad_tensors, strict=True)]
+    if weight_items is not None:
+        weight_tensors = [as_tensor(f"weights{n}", t) for n, t in zip(names, weight_items, strict=True)]
+        read += [(f"weights{n}", t) for n, t in zip(names, weight_tensors, strict=True)]
+    if not target_tensors:
+        return importance
+    for i, (name, tensor) in enumerate(read):
+        place = i % len(names)
+        check_same_shape(name, tensor, f"importance{names[place]}", target_tensors[place])
+        check_same_device(name, tensor, f"importance{names[0]}", target_tensors[0])
+    written = [(f"importance{n}", t) for n, t in zip(names, target_tensors, strict=True)]
+    for name, tensor in written[1:]:
+        check_same_device(name, tensor, written[0][0], target_tensors[0])
+    check_no_overlap(written, read)
+    implementation = backends.select(backend, target_tensors[0].device)
+    implementation.accumulate_importance_(target_tensors, grad_tensors, weight_tensors, kind)
+    return importance
+
+
+def change_statistics(before: TensorLike, after: TensorLike, *, backend: str | None = None) -> ChangeStatistics:
+    """Reads both weights once and returns what the scores and the orthogonal adjustment need.
+
+    ``column_change[j] = mean_i (after - before)[i, j]^2``, ``dot = <after - before, before>``, and both squared norms.
+    The projection coefficient of the paper is ``dot / before_norm_sq``.
+
+    Args:
+        before: ``[rows, cols]`` old weights; float32, bfloat16, float16 or float64.
+        after: ``[rows, cols]`` new weights, of the same dtype.
+        backend: ``"cpu"``, ``"reference"`` or ``None``.
+
+    Returns:
+        :class:`ChangeStatistics`. With no rows, all zeros.
+
+    Raises:
+        TypeError, ValueError: see the module.
+
+    Differences are taken in float32 (float64 for float64). Columns are summed in float32 over at most 16 rows at a
+    time and in float64 beyond; the three scalars in float64. Blocks have a fixed size: bit-reproducible for any number
+    of threads on one machine. NaN and Inf spread to their column and to the scalars.
+    """
+    before_tensor = as_tensor("before", before, dims="[rows, cols]")
+    after_tensor = as_tensor("after", after, dims="[rows, cols]")
+    check_same_shape("after", after_tensor, "before", before_tensor)
+    check_same_dtype("after", after_tensor, "before", before_tensor)
+    check_same_device("after", after_tensor, "before", before_tensor)
+    implementation = backends.select(backend, before_tensor.device)
+    column_change, scalars = implementation.change_statistics(before_tensor, after_tensor)
+    return ChangeStatistics(column_change, *scalars.unbind())
+
+
+def balanced_mask(
+    safety: TensorLike,
+    task: TensorLike,
+    keep: int,
+    focus: int,
+    alpha: tuple[float, float] = (0.4, 0.8),
+    *,
+    mode: Literal["full", "eps", "phi"] = "full",
+    alpha_mode: Literal["affine", "relu", "abs", "const"] = "affine",
+    alpha_sign: Literal[1, -1] = 1,
+    overflow: Literal["cap", "keep"] = "cap",
+    phi_norm: Literal["none", "mean"] = "none",
+    backend: str | None = None,
+) -> BalancedMask:
+    """Chooses the columns that go back to the old weights (HPA, partition and balanced selection).
+
+    S and T are the ``focus`` best columns by ``safety`` and by ``task``, ``O = S & T``, ``N = S - T``. With
+    ``m = mean log(safety / task)``, ``alpha = a0 + (a1 - a0) (1 + tanh m) / 2`` and ``phi = safety - alpha * task``,
+    first columns of N are kept, best ``safety`` first, then columns of O, best ``phi`` first, until there are ``keep``.
+
+    Args:
+        safety: ``[cols]`` safety score (eps-bar), non-negative and finite.
+        task: ``[cols]`` task score (zeta-bar), likewise.
+        keep: number of columns to keep (n_p), ``0 <= keep <= focus``.
+        focus: size of the focused sets (n_k), ``keep <= focus <= cols``.
+        alpha: ``(a0, a1)``.
+        mode: ``"full"`` as above; ``"eps"``: the ``keep`` best by ``safety`` among all columns; ``"phi"``: up to
+            ``keep`` columns of O by phi, nothing else.
+        alpha_mode: ``"affine"`` as above; ``"relu"``: ``a0 + (a1 - a0) max(0, tanh m)``; ``"abs"``:
+            ``a0 + (a1 - a0) |tanh m|``; ``"const"``: ``a0``.
+        alpha_sign: ``-1`` lets alpha fall with m.
+        overflow: what happens when N has more than ``keep`` columns: ``"cap"`` keeps the best of them, ``"keep"`` all.
+        phi_norm: ``"mean"`` divides both scores by their means inside phi.
+        backend: ``"cpu"``, ``"reference"`` or ``None``.
+
+    Returns:
+        :class:`BalancedMask`.
+
+    Raises:
+        ValueError: NaN, Inf or a negative score (the message names the argument and the first bad index), counts out
+            of order, an unknown option.
+
+    Scores are compared in float64; ties go to the lower index. m is the mean over columns where both scores are
+    positive, 0 if there is none, from an exactly rounded sum: the result is the same in every backend.
+    """
+    safety_tensor = as_tensor("safety", safety, dims="[cols]")
+    task_tensor = as_tensor("task", task, dims="[cols]")
+    check_same_shape("task", task_tensor, "safety", safety_tensor)
+    check_same_device("task", task_tensor, "safety", safety_tensor)
+    cols = safety_tensor.shape[0]
+    keep, focus = _as_count("keep", keep), _as_count("focus", focus)
+    if not keep <= focus <= cols:
+        raise ValueError(f"focus: expected keep <= focus <= cols, got keep {keep}, focus {focus}, cols {cols}")
+    if not isinstance(alpha, (tuple, list)) or len(alpha) != 2:
+        raise ValueError(f"alpha: expected two numbers (a0, a1), got {alpha!r}")
+    low, high = as_number("alpha[0]", alpha[0]), as_number("alpha[1]", alpha[1])
+    check_choice("mode", mode, ("full", "eps", "phi"))
+    check_choice("alpha_mode", alpha_mode, ("affine", "relu", "abs", "const"))
+    if alpha_sign not in (1, -1):
+        raise ValueError(f"alpha_sign: expected 1 or -1, got {alpha_sign!r}")
+    check_choice("overflow", overflow, ("cap", "keep"))
+    check_choice("phi_norm", phi_norm, ("none", "mean"))
+    implementation = backends.select(backend, safety_tensor.device)
+    for name, score in (("safety", safety_tensor), ("task", task_tensor)):
+        # ge() is false for NaN, so one comparison finds NaN and negative numbers.
+        good = score.ge(0) & score.isfinite()
+        if not good.all():
+            first = int(good.logical_not().nonzero()[0, 0])
+            raise ValueError(f"{name}: expected finite, non-negative scores, got {score[first].item()} at index {first}")
+    mask, used_alpha, log_ratio, overlap, kept_safety_only, kept_overlap = implementation.balanced_mask(
+        safety_tensor, task_tensor, keep, focus, (low, high), mode, alpha_mode, alpha_sign, overflow, phi_norm
+    )
+    return BalancedMask(
+        mask, used_alpha, log_ratio, overlap, kept_safety_only + kept_overlap, kept_safety_only, kept_overlap
+    )
+
+
+def merge_(
+    after: T, before: TensorLike, mask: TensorLike, projection: float = 0.0, *, backend: str | None = None
+) -> T:
+    """Writes the edited weights over ``after``: old columns where ``mask``, ``after - projection * before`` elsewhere.
+
+    Args:
+        after: ``[rows, cols]`` new weights, changed in place; float32, bfloat16, float16 or float64.
+        before: ``[rows, cols]`` old weights, of the same dtype.
+        mask: bool ``[cols]``: columns to take from ``before``.
+        projection: coefficient of the orthogonal adjustment, finite.
+        backend: ``"cpu"``, ``"reference"`` or ``None``.
+
+    Returns:
+        ``after``.
+
+    Raises:
+        TypeError, ValueError: see the module.
+
+    One pass. Kept columns are bit-exact copies of ``before``, and with ``projection == 0`` the others keep their bits.
+    The rest is computed in float32 (float64 for float64) and rounded once to the storage dtype. Bit-reproducible. NaN
+    and Inf spread to their element.
+    """
+    after_tensor = as_tensor("after", after, dims="[rows, cols]", writable=True)
+    before_tensor = as_tensor("before", before, dims="[rows, cols]")
+    mask_tensor = as_tensor("mask", mask, dtypes=(torch.bool,), dims="[cols]")
+    check_same_shape("before", before_tensor, "after", after_tensor)
+    check_same_dtype("before", before_tensor, "after", after_tensor)
+    check_same_device("before", before_tensor, "after", after_tensor)
+    check_same_device("mask", mask_tensor, "after", after_tensor)
+    if mask_tensor.shape[0] != after_tensor.shape[1]:
+        raise ValueError(f"mask: expected {after_tensor.shape[1]} entries, one a column, got {mask_tensor.shape[0]}")
+    check_no_overlap([("after", after_tensor)], [("before", before_tensor), ("mask", mask_tensor)])
+    coefficient = as_number("projection", projection)
+    backends.select(backend, after_tensor.device).merge_(after_tensor, before_tensor, mask_tensor, coefficient)
+    return after
+
+
+def project_(
+    grads: Tensors, basis: TensorLike | Sequence[TensorLike], *, passes: int = 1, backend: str | None = None
+) -> Tensors:
+    """Takes out of each vector its part in the span of the rows of ``basis``: ``g -= sum_k <g, q_k> q_k``.
+
+    Args:
+        grads: ``[..., n]``, each row a vector, changed in place. Or a list of tensors of any shapes, which together are
+            one long vector. float32, bfloat16, float16 or float64.
+        basis: ``[rank, n]`` with orthonormal rows. Or a list, each ``[rank, *shape of its grad]`` or
+            ``[rank, numel of its grad]``: coefficients are summed over the list. Any float dtype.
+        passes: repetitions; 1 is enough for an orthonormal basis, 2 cleans up after one that is orthonormal only to
+            storage precision.
+        backend: ``"cpu"``, ``"reference"`` or ``None``.
+
+    Returns:
+        ``grads``.
+
+    Raises:
+        TypeError, ValueError: see the module; also lists of different lengths or slices of different ranks.
+
+    Dot products are summed in float32 over blocks of at most 4096 elements and in float64 beyond. Blocks have a fixed
+    size: bit-reproducible for any number of threads on one machine. NaN and Inf spread to their whole vector.
+    """
+    if isinstance(passes, bool) or not isinstance(passes, int) or passes < 1:
+        raise ValueError(f"passes: expected a whole number >= 1, got {passes!r}")
+    if isinstance(grads, (list, tuple)):
+        if not isinstance(basis, (list, tuple)) or len(basis) != len(grads):
+            raise ValueError(f"basis: expected a list of {len(grads)} tensors like grads, got {_describe(basis)}")
+        grad_tensors = as_tensor_list("grads", grads, writable=True)
+        basis_tensors = as_tensor_list("basis", basis)
+        if not grad_tensors:
+            return grads
+        for i, (grad, slices) in enumerate(zip(grad_tensors, basis_tensors, strict=True)):
+            basis_tensors[i] = _basis_slices(f"basis[{i}]", slices, grad, basis_tensors[0])
+        names = [f"[{i}]" for i in range(len(grad_tensors))]
+        batches = [[grad.unsqueeze(0) for grad in grad_tensors]]
+    else:
+        if isinstance(basis, (list, tuple)):
+            raise TypeError("basis: expected a tensor like grads, got a list")
+        grad_tensor = as_tensor("grads", grads, dims="[..., n]", writable=True)
+        basis_tensor = as_tensor("basis", basis, dims="[rank, n]")
+        if basis_tensor.shape[1] != grad_tensor.shape[-1]:
+            raise ValueError(
+                f"basis: expected [rank, {grad_tensor.shape[-1]}] for grads {tuple(grad_tensor.shape)}, "
+                f"got {tuple(basis_tensor.shape)}"
+            )
+        grad_tensors, basis_tensors, names = [grad_tensor], [basis_tensor], [""]
+        batches = [[rows] for rows in _as_matrices(grad_tensor)]
+    written = [(f"grads{n}", t) for n, t in zip(names, grad_tensors, strict=True)]
+    read = [(f"basis{n}", t) for n, t in zip(names, basis_tensors, strict=True)]
+    for name, tensor in written[1:] + read:
+        check_same_device(name, tensor, written[0][0], grad_tensors[0])
+    check_no_overlap(written, read)
+    implementation = backends.select(backend, grad_tensors[0].device)
+    for batch in batches:
+        implementation.project_(batch, basis_tensors, passes)
+    return grads
+
+
+def orthonormalize_(
+    vectors: TensorLike, basis: TensorLike | None = None, rtol: float | None = None, *, backend: str | None = None
+) -> int:
+    """Turns the rows of ``vectors`` into an orthonormal set, also orthogonal to ``basis``, and drops dependent ones.
+
+    Rows are taken in order. A row is dropped where its part outside the span of ``basis`` and of the rows kept so far
+    is at most ``rtol`` of its length, or where a second orthogonalisation shrinks it below ``1/sqrt(2)`` (Kahan and
+    Parlett: what is left is rounding noise). Dropped rows are never normalised.
+
+    Args:
+        vectors: ``[rank, n]``, changed in place: the first ``kept`` rows are the orthonormal set, in order, the others
+            zero.
+        basis: ``[known, n]`` with orthonormal rows and ``known < n``, of the same dtype; read only.
+        rtol: drop tolerance, ``0 <= rtol < 1``. ``None``: 1e-4; 1e-2 for bfloat16 and float16, below which the rest is
+            rounding noise of the storage.
+        backend: ``"cpu"``, ``"reference"`` or ``None``.
+
+    Returns:
+        The number of rows kept.
+
+    Raises:
+        ValueError: NaN or Inf in a row (named; nothing has been changed), or a basis that already spans everything;
+            and see the module.
+
+    Loss of orthogonality is of the order of the unit roundoff, whatever the condition of ``vectors`` (block classical
+    Gram-Schmidt with reorthogonalisation). Bit-reproducible for any number of threads on one machine.
+    """
+    vector_tensor = as_tensor("vectors", vectors, dims="[rank, n]", writable=True)
+    basis_tensor = None
+    if basis is not None:
+        basis_tensor = as_tensor("basis", basis, dims="[known, n]")
+        n = vector_tensor.shape[1]
+        if basis_tensor.shape[1] != n:
+            raise ValueError(f"basis: expected [known, {n}] like vectors, got {tuple(basis_tensor.shape)}")
+        if basis_tensor.shape[0] >= n > 0:
+            raise ValueError(f"basis: expected fewer than {n} rows, got {basis_tensor.shape[0]}: nothing is left to add")
+        check_same_dtype("basis", basis_tensor, "vectors", vector_tensor)
+        check_same_device("basis", basis_tensor, "vectors", vector_tensor)
+        check_no_overlap([("vectors", vector_tensor)], [("basis", basis_tensor)])
+    if rtol is None:
+        rtol = 1e-2 if vector_tensor.dtype in (torch.bfloat16, torch.float16) else 1e-4
+    tolerance = as_number("rtol", rtol, minimum=0.0)
+    if tolerance >= 1:
+        raise ValueError(f"rtol: expected a number below 1, got {tolerance:g}")
+    implementation = backends.select(backend, vector_tensor.device)
+    return implementation.orthonormalize_(vector_tensor, basis_tensor, tolerance)
+
+
+def _check_square(name: str, tensor: Tensor) -> None:
+    if tensor.shape[0] != tensor.shape[1]:
+        raise ValueError(f"{name}: expected a square matrix [cols, cols], got {tuple(tensor.shape)}")
+
+
+def _as_count(name: str, value: int) -> int:
+    try:
+        count = value.__index__()
+    except AttributeError:
+        raise TypeError(f"{name}: expected a whole number, got {value!r}") from None
+    if isinstance(value, bool) or count < 0:
+        raise ValueError(f"{name}: expected a whole number >= 0, got {value!r}")
+    return count
+
+
+def _as_list(name: str, value: Any, length: int) -> list[Any]:
+    if not isinstance(value, (list, tuple)) or len(value) != length:
+        raise ValueError(f"{name}: expected a list of {length} tensors like importance, got {_describe(value)}")
+    return list(value)
+
+
+def _describe(value: Any) -> str:
+    return f"a list of {len(value)}" if isinstance(value, (list, tuple)) else type(value).__name__
+
+
+def _as_matrices(tensor: Tensor) -> list[Tensor]:
+    """Views of ``[..., n]`` as matrices ``[rows, n]``: one where the leading dimensions have a common stride."""
+    if tensor.dim() == 2:
+        return [tensor]
+    if tensor.dim() == 1:
+        return [tensor.unsqueeze(0)]
+    if tensor.numel() == 0:
+        return []
+    try:
+        return [tensor.view(-1, tensor.shape[-1])]
+    except RuntimeError:
+        return [matrix for part in tensor.unbind() for matrix in _as_matrices(part)]
+
+
+def _basis_slices(name: str, slices: Tensor, grad: Tensor, first: Tensor) -> Tensor:
+    """Views ``slices`` as ``[rank, *grad.shape]``."""
+    rank = first.shape[0] if first.dim() else 0
+    if slices.dim() > 0 and slices.shape[0] == rank:
+        if slices.shape[1:] == grad.shape:
+            return slices
+        if slices.dim() == 2 and slices.shape[1] == grad.numel():
+            return slices.unflatten(1, grad.shape) if grad.dim() else slices[:, 0]
+    raise ValueError(
+        f"{name}: expected [{rank}, *{tuple(grad.shape)}] or [{rank}, {grad.numel()}], got {tuple(slices.shape)}"
+    )
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
