@@ -13,6 +13,7 @@ __path__ = extend_path(__path__, __name__)
 
 __version__ = "0.1.0"
 
+from hpa_ext import torch_ops as torch_ops  # registers the operators that torch.compile sees
 from hpa_ext.backend import BackendError
 from hpa_ext.ops import (
     BalancedMask,

@@ -8,11 +8,13 @@ dtype) or a ``ValueError`` (wrong shape, device, layout or value), and its messa
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 __all__ = [
     "FLOATS",
@@ -66,6 +68,8 @@ def as_tensor(
         ValueError: wrong number of dimensions, read-only, or overlapping itself.
     """
     if isinstance(value, Tensor):
+        if type(value).__torch_dispatch__ is not Tensor.__torch_dispatch__:
+            raise TypeError(f"{name}: expected a plain tensor, got {type(value).__name__}; pass what it wraps")
         tensor = value.detach()
         if tensor.layout is not torch.strided:
             raise TypeError(f"{name}: expected a dense tensor, got layout {tensor.layout}")
@@ -145,18 +149,29 @@ def check_no_overlap(written: Sequence[tuple[str, Tensor]], read: Sequence[tuple
         written: names and tensors that the function writes to.
         read: names and tensors that it only reads.
     """
-    spans = [(*_extent(tensor), True, name, tensor) for name, tensor in written if tensor.numel() > 0]
-    spans += [(*_extent(tensor), False, name, tensor) for name, tensor in read if tensor.numel() > 0]
-    spans.sort(key=lambda span: span[0])
-    active: list[tuple[int, int, bool, str, Tensor]] = []
+    spans = [(*_extent(tensor), True, name, tensor) for name, tensor in written]
+    spans += [(*_extent(tensor), False, name, tensor) for name, tensor in read]
+    spans.sort(key=_start)
+    furthest = -1  # where the memory of all that came before ends
+    active: list[_Span] = []
     for span in spans:
-        start, _, is_written, name, tensor = span
-        active = [other for other in active if other[1] > start]
-        for _, _, other_written, other_name, other in active:
-            if (is_written or other_written) and not _interleaved(tensor, other):
+        start, stop, is_written, name, tensor = span
+        if start >= furthest:
+            active.clear()
+        for _, other_stop, other_written, other_name, other in active:
+            if other_stop > start and (is_written or other_written) and not _interleaved(tensor, other):
                 first, second = (name, other_name) if is_written else (other_name, name)
                 raise ValueError(f"{first}: shares memory with {second}, but is written to; pass a copy of one of them")
-        active.append(span)
+        if stop > start:
+            active.append(span)
+            furthest = max(furthest, stop)
+
+
+_Span: TypeAlias = tuple[int, int, bool, str, Tensor]
+
+
+def _start(span: _Span) -> int:
+    return span[0]
 
 
 def _from_dlpack(name: str, value: Any, writable: bool) -> Tensor:
@@ -166,13 +181,11 @@ def _from_dlpack(name: str, value: Any, writable: bool) -> Tensor:
         if any(stride < 0 for stride in value.strides):
             raise ValueError(f"{name}: expected non-negative strides, got {value.strides} (a reversed view)")
     elif not (hasattr(value, "__dlpack__") and hasattr(value, "__dlpack_device__")):
-        raise TypeError(
-            f"{name}: expected a torch tensor or an array with __dlpack__, got {type(value).__name__}"
-        )
+        raise TypeError(f"{name}: expected a torch tensor or an array with __dlpack__, got {type(value).__name__}")
     elif writable:
         _refuse_read_only_export(name, value)
     try:
-        return torch.from_dlpack(value)
+        return from_dlpack(value)
     except (BufferError, RuntimeError, TypeError, ValueError) as error:
         raise TypeError(f"{name}: cannot be read through DLPack: {error}") from error
 
@@ -186,23 +199,28 @@ def _refuse_read_only_export(name: str, value: Any) -> None:
 
 
 def _check_dims(name: str, tensor: Tensor, dims: str) -> None:
-    words = dims.strip("[]").replace(",", " ").split()
-    if words[0] == "...":
-        fits, expected = tensor.dim() >= len(words) - 1, f"at least {len(words) - 1}"
-    else:
-        fits, expected = tensor.dim() == len(words), str(len(words))
-    if not fits:
-        plural = "" if expected.endswith("1") else "s"
-        raise ValueError(f"{name}: expected {expected} dimension{plural} {dims}, got {_shape(tensor)}")
+    count, exact = _parse_dims(dims)
+    if tensor.dim() == count or (tensor.dim() > count and not exact):
+        return
+    plural = "" if count == 1 else "s"
+    least = "" if exact else "at least "
+    raise ValueError(f"{name}: expected {least}{count} dimension{plural} {dims}, got {_shape(tensor)}")
+
+
+@cache
+def _parse_dims(dims: str) -> tuple[int, bool]:
+    """Number of dimensions that ``dims`` names, and whether there must be no more."""
+    words = dims.strip("[]").split(", ")
+    return (len(words) - 1, False) if words[0] == "..." else (len(words), True)
 
 
 def _extent(tensor: Tensor) -> tuple[int, int]:
     """First byte and the byte after the last one that ``tensor`` can touch; torch strides are never negative."""
     start = tensor.data_ptr()
-    if tensor.numel() == 0:
-        return start, start
-    last = sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    return start, start + (last + 1) * tensor.element_size()
+    count = tensor.numel()
+    if count > 0 and not tensor.is_contiguous():
+        count = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return start, start + count * tensor.element_size()
 
 
 def _interleaved(one: Tensor, two: Tensor) -> bool:

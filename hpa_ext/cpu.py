@@ -51,9 +51,7 @@ def inverse_diagonal(
     assert given is not None
     dtype = torch.float64 if given.dtype == torch.float64 else torch.float32
     out = torch.empty(given.shape[1], dtype=dtype)
-    status, lam, route = extension().inverse_diagonal(
-        out, gram, activations, scale, damping, mode, num_threads()
-    )
+    status, lam, route = extension().inverse_diagonal(out, gram, activations, scale, damping, mode, num_threads())
     if status == "non_finite":
         raise ValueError(f"{'gram' if gram is not None else 'activations'}: contains NaN or Inf")
     return (out if status == "ok" else None), lam, route

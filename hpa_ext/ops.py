@@ -7,6 +7,7 @@ computed in float32 at least, float64 in float64.
 
 Every function raises ``TypeError`` for a wrong kind of argument or dtype and ``ValueError`` for a wrong shape, device
 or value, or for memory that is read-only or shared with another argument; messages begin with the argument's name.
+Under ``torch.compile`` they are operators of their own (:mod:`hpa_ext.torch_ops`).
 ``backend`` is ``None`` (the device decides), ``"cpu"`` or ``"reference"``; see :mod:`hpa_ext.backend`.
 
 Sources: HPA (arXiv 2511.20158) for the scores, the selection and the adjustment; SparseGPT (arXiv 2301.00774) for the
@@ -19,10 +20,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import Any, Literal, NamedTuple, SupportsIndex, TypeVar, cast
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from hpa_ext import backend as backends
 from hpa_ext.arguments import (
@@ -116,6 +118,9 @@ def accumulate_gram_(gram: T, x: TensorLike, scale: float = 2.0, *, backend: str
     Tokens are summed in blocks of fixed size: results are bit-reproducible for any number of threads on one machine.
     NaN and Inf in ``x`` spread to the rows and columns of ``gram`` they belong to.
     """
+    if is_compiling():
+        torch.ops.hpa_ext.accumulate_gram_(gram, x, scale, backend)
+        return gram
     gram_tensor = as_tensor("gram", gram, dtypes=(torch.float32, torch.float64), dims="[cols, cols]", writable=True)
     _check_square("gram", gram_tensor)
     x_tensor = as_tensor("x", x, dims="[..., cols]")
@@ -172,6 +177,8 @@ def inverse_diagonal(
     are computed in float64, larger float32 ones in float32 with one ``cols^2`` buffer. Bit-reproducible for any number
     of threads on one machine.
     """
+    if is_compiling():
+        return _trace_inverse_diagonal(gram, damping, mode, activations, scale, info, backend)
     check_choice("mode", mode, ("exact", "pivot"))
     used = as_number("damping", damping, minimum=0.0, strictly=True)
     if (gram is None) == (activations is None):
@@ -242,6 +249,9 @@ def accumulate_importance_(
 
     A whole list is one call. Each element is computed by itself: bit-reproducible. NaN and Inf spread to their element.
     """
+    if is_compiling():
+        _trace_accumulate_importance(importance, grads, weights, kind, backend)
+        return importance
     check_choice("kind", kind, ("fisher", "taylor"))
     if (weights is not None) != (kind == "taylor"):
         needed = "are needed" if kind == "taylor" else "are not used"
@@ -302,6 +312,9 @@ def change_statistics(before: TensorLike, after: TensorLike, *, backend: str | N
     time and in float64 beyond; the three scalars in float64. Blocks have a fixed size: bit-reproducible for any number
     of threads on one machine. NaN and Inf spread to their column and to the scalars.
     """
+    if is_compiling():
+        column_change, scalars = torch.ops.hpa_ext.change_statistics(before, after, backend)
+        return ChangeStatistics(column_change, *scalars.unbind())
     before_tensor = as_tensor("before", before, dims="[rows, cols]")
     after_tensor = as_tensor("after", after, dims="[rows, cols]")
     check_same_shape("after", after_tensor, "before", before_tensor)
@@ -357,6 +370,12 @@ def balanced_mask(
     Scores are compared in float64; ties go to the lower index. m is the mean over columns where both scores are
     positive, 0 if there is none, from an exactly rounded sum: the result is the same in every backend.
     """
+    if is_compiling():
+        mask, numbers = torch.ops.hpa_ext.balanced_mask(
+            safety, task, keep, focus, list(alpha), mode, alpha_mode, alpha_sign, overflow, phi_norm, backend
+        )
+        used_alpha, log_ratio, *counts = numbers.tolist()
+        return BalancedMask(mask, used_alpha, log_ratio, *(int(count) for count in counts))
     safety_tensor = as_tensor("safety", safety, dims="[cols]")
     task_tensor = as_tensor("task", task, dims="[cols]")
     check_same_shape("task", task_tensor, "safety", safety_tensor)
@@ -365,9 +384,11 @@ def balanced_mask(
     keep, focus = _as_count("keep", keep), _as_count("focus", focus)
     if not keep <= focus <= cols:
         raise ValueError(f"focus: expected keep <= focus <= cols, got keep {keep}, focus {focus}, cols {cols}")
-    if not isinstance(alpha, (tuple, list)) or len(alpha) != 2:
-        raise ValueError(f"alpha: expected two numbers (a0, a1), got {alpha!r}")
-    low, high = as_number("alpha[0]", alpha[0]), as_number("alpha[1]", alpha[1])
+    try:
+        low, high = alpha
+    except (TypeError, ValueError):
+        raise ValueError(f"alpha: expected two numbers (a0, a1), got {alpha!r}") from None
+    low, high = as_number("alpha[0]", low), as_number("alpha[1]", high)
     check_choice("mode", mode, ("full", "eps", "phi"))
     check_choice("alpha_mode", alpha_mode, ("affine", "relu", "abs", "const"))
     if alpha_sign not in (1, -1):
@@ -380,7 +401,9 @@ def balanced_mask(
         good = score.ge(0) & score.isfinite()
         if not good.all():
             first = int(good.logical_not().nonzero()[0, 0])
-            raise ValueError(f"{name}: expected finite, non-negative scores, got {score[first].item()} at index {first}")
+            raise ValueError(
+                f"{name}: expected finite, non-negative scores, got {score[first].item()} at index {first}"
+            )
     mask, used_alpha, log_ratio, overlap, kept_safety_only, kept_overlap = implementation.balanced_mask(
         safety_tensor, task_tensor, keep, focus, (low, high), mode, alpha_mode, alpha_sign, overflow, phi_norm
     )
@@ -389,9 +412,7 @@ def balanced_mask(
     )
 
 
-def merge_(
-    after: T, before: TensorLike, mask: TensorLike, projection: float = 0.0, *, backend: str | None = None
-) -> T:
+def merge_(after: T, before: TensorLike, mask: TensorLike, projection: float = 0.0, *, backend: str | None = None) -> T:
     """Writes the edited weights over ``after``: old columns where ``mask``, ``after - projection * before`` elsewhere.
 
     Args:
@@ -411,6 +432,9 @@ def merge_(
     The rest is computed in float32 (float64 for float64) and rounded once to the storage dtype. Bit-reproducible. NaN
     and Inf spread to their element.
     """
+    if is_compiling():
+        torch.ops.hpa_ext.merge_(after, before, mask, projection, backend)
+        return after
     after_tensor = as_tensor("after", after, dims="[rows, cols]", writable=True)
     before_tensor = as_tensor("before", before, dims="[rows, cols]")
     mask_tensor = as_tensor("mask", mask, dtypes=(torch.bool,), dims="[cols]")
@@ -446,11 +470,14 @@ def project_(
     Raises:
         TypeError, ValueError: see the module; also lists of different lengths or slices of different ranks.
 
-    Dot products are summed in float32 over blocks of at most 4096 elements and in float64 beyond. Blocks have a fixed
+    Dot products are summed in float32 over blocks of at most 2048 elements and in float64 beyond. Blocks have a fixed
     size: bit-reproducible for any number of threads on one machine. NaN and Inf spread to their whole vector.
     """
-    if isinstance(passes, bool) or not isinstance(passes, int) or passes < 1:
-        raise ValueError(f"passes: expected a whole number >= 1, got {passes!r}")
+    if is_compiling():
+        project = torch.ops.hpa_ext.project_list_ if isinstance(grads, (list, tuple)) else torch.ops.hpa_ext.project_
+        project(grads, basis, passes, backend)
+        return grads
+    passes = _as_count("passes", passes, minimum=1)
     if isinstance(grads, (list, tuple)):
         if not isinstance(basis, (list, tuple)) or len(basis) != len(grads):
             raise ValueError(f"basis: expected a list of {len(grads)} tensors like grads, got {_describe(basis)}")
@@ -465,8 +492,8 @@ def project_(
     else:
         if isinstance(basis, (list, tuple)):
             raise TypeError("basis: expected a tensor like grads, got a list")
-        grad_tensor = as_tensor("grads", grads, dims="[..., n]", writable=True)
-        basis_tensor = as_tensor("basis", basis, dims="[rank, n]")
+        grad_tensor = as_tensor("grads", cast(TensorLike, grads), dims="[..., n]", writable=True)
+        basis_tensor = as_tensor("basis", cast(TensorLike, basis), dims="[rank, n]")
         if basis_tensor.shape[1] != grad_tensor.shape[-1]:
             raise ValueError(
                 f"basis: expected [rank, {grad_tensor.shape[-1]}] for grads {tuple(grad_tensor.shape)}, "
@@ -512,6 +539,8 @@ def orthonormalize_(
     Loss of orthogonality is of the order of the unit roundoff, whatever the condition of ``vectors`` (block classical
     Gram-Schmidt with reorthogonalisation). Bit-reproducible for any number of threads on one machine.
     """
+    if is_compiling():
+        return int(torch.ops.hpa_ext.orthonormalize_(vectors, basis, rtol, backend).item())
     vector_tensor = as_tensor("vectors", vectors, dims="[rank, n]", writable=True)
     basis_tensor = None
     if basis is not None:
@@ -520,7 +549,9 @@ def orthonormalize_(
         if basis_tensor.shape[1] != n:
             raise ValueError(f"basis: expected [known, {n}] like vectors, got {tuple(basis_tensor.shape)}")
         if basis_tensor.shape[0] >= n > 0:
-            raise ValueError(f"basis: expected fewer than {n} rows, got {basis_tensor.shape[0]}: nothing is left to add")
+            raise ValueError(
+                f"basis: expected fewer than {n} rows, got {basis_tensor.shape[0]}: nothing is left to add"
+            )
         check_same_dtype("basis", basis_tensor, "vectors", vector_tensor)
         check_same_device("basis", basis_tensor, "vectors", vector_tensor)
         check_no_overlap([("vectors", vector_tensor)], [("basis", basis_tensor)])
@@ -533,18 +564,49 @@ def orthonormalize_(
     return implementation.orthonormalize_(vector_tensor, basis_tensor, tolerance)
 
 
+def _trace_inverse_diagonal(
+    gram: Any,
+    damping: float,
+    mode: str,
+    activations: Any,
+    scale: float,
+    info: dict[str, Any] | None,
+    backend: str | None,
+) -> Tensor:
+    """Hands over to the operator, and reads its numbers only where somebody wants them: that ends a graph."""
+    diagonal, numbers = torch.ops.hpa_ext.inverse_diagonal(gram, damping, mode, activations, scale, backend)
+    if info is not None:
+        used, lam, attempts, low_rank = numbers.tolist()
+        route = "low_rank" if low_rank else "dense"
+        info.update({"damping": used, "lambda": lam, "attempts": int(attempts), "route": route})
+    return cast(Tensor, diagonal)
+
+
+def _trace_accumulate_importance(importance: Any, grads: Any, weights: Any, kind: str, backend: str | None) -> None:
+    """Hands over to the operator, which takes lists of tensors alone."""
+    if not isinstance(importance, (list, tuple)):
+        importance, grads, weights = [importance], [grads], None if weights is None else [weights]
+    present = [i for i, grad in enumerate(grads) if grad is not None]
+    torch.ops.hpa_ext.accumulate_importance_(
+        [importance[i] for i in present],
+        [grads[i] for i in present],
+        [] if weights is None else [weights[i] for i in present],
+        kind,
+        backend,
+    )
+
+
 def _check_square(name: str, tensor: Tensor) -> None:
     if tensor.shape[0] != tensor.shape[1]:
         raise ValueError(f"{name}: expected a square matrix [cols, cols], got {tuple(tensor.shape)}")
 
 
-def _as_count(name: str, value: int) -> int:
-    try:
-        count = value.__index__()
-    except AttributeError:
-        raise TypeError(f"{name}: expected a whole number, got {value!r}") from None
-    if isinstance(value, bool) or count < 0:
-        raise ValueError(f"{name}: expected a whole number >= 0, got {value!r}")
+def _as_count(name: str, value: SupportsIndex, minimum: int = 0) -> int:
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name}: expected a whole number, got {value!r}")
+    count = value.__index__()
+    if count < minimum:
+        raise ValueError(f"{name}: expected a whole number >= {minimum}, got {value!r}")
     return count
 
 

@@ -26,7 +26,7 @@ __all__ = [
 
 def accumulate_gram_(gram: Tensor, x: Tensor, scale: float) -> None:
     """``tril(gram) += scale * tril(x^T x)``."""
-    rows = x.double().reshape(-1, x.shape[-1])
+    rows = x.double()
     lower = torch.ones_like(gram, dtype=torch.bool).tril_()
     gram.copy_(torch.where(lower, gram.double() + scale * (rows.T @ rows), gram))
 

@@ -1,8 +1,8 @@
 // A tensor argument: any Python object that speaks DLPack, read as a hpa::TensorView for the time of one call.
 //
-// torch (2.10 and later) offers the DLPack C exchange API on its tensor type: a struct of functions that fill a DLTensor
-// from the object, without a capsule.  Everything else goes through __dlpack__.  No header and no symbol of torch is
-// used, so one build serves every version.
+// torch (2.10 and later) offers the DLPack C exchange API on its tensor type: a struct of functions that fill a
+// DLTensor from the object, without a capsule.  Everything else goes through __dlpack__.  No header and no symbol of
+// torch is used, so one build serves every version.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -50,8 +50,8 @@ inline TensorView to_view(const char* name, const DLTensor& tensor) {
 
 // The exchange API of the object's type, or nullptr.
 inline const DLPackExchangeAPI* exchange_api(py::handle object) {
-  PyObject* capsule = PyObject_GetAttrString(reinterpret_cast<PyObject*>(Py_TYPE(object.ptr())),
-                                             "__dlpack_c_exchange_api__");
+  PyObject* capsule =
+      PyObject_GetAttrString(reinterpret_cast<PyObject*>(Py_TYPE(object.ptr())), "__dlpack_c_exchange_api__");
   if (capsule == nullptr) {
     PyErr_Clear();
     return nullptr;

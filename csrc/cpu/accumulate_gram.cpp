@@ -1,12 +1,12 @@
 // gram[i, j] += scale * sum_t x[t, i] x[t, j],  j <= i                     gram [cols, cols], x [tokens, cols]
 //
 // Arithmetic   in the dtype of gram (float32, float64); x is widened while it is packed.  A product of two bfloat16 or
-//              float16 values is exact in float32.  256 tokens are summed in a register, then scaled and added to gram:
-//              rounding grows with 256 + tokens / 256 terms, not with tokens.  The scale is applied to sums, so that
-//              bfloat16 activations are not rounded a second time.
-// Bytes moved  x once (minimum: once).  The lower half of gram is read and written once for each 256 tokens (minimum:
-//              once a call); at 4096 columns that is 64 MB beside 2.1 billion multiply-adds.
-// Scratch      256 x cols of packed x.
+//              float16 values is exact in float32.  256 tokens are summed in registers, four such sums in scratch, and
+//              those are scaled and added to gram: rounding grows with 260 + tokens / 1024 terms, not with tokens.  The
+//              scale is applied to sums, so that bfloat16 activations are not rounded a second time.
+// Bytes moved  x once (minimum: once).  The lower half of gram is read and written once for each 1024 tokens (minimum:
+//              once a call); at 4096 columns that is 64 MB beside 8.6 billion multiply-adds.
+// Scratch      1024 * cols of packed x.
 // Design       The product is symmetric: x is packed once and serves as both operands, and only blocks on or below the
 //              diagonal are computed, half the work of a full product.  Each element of gram has one owner and a fixed
 //              order of summation, so the result does not depend on the number of threads.

@@ -5,9 +5,9 @@
 //                                                                           safety, task [cols], mask bool [cols]
 //
 // Arithmetic   float64.  Every ranking is by (-score, index), a total order, so ties have one answer.  The sum behind m
-//              is carried in two doubles and comes out correctly rounded whatever the order, and phi is a product and a
-//              difference, each rounded (this file is compiled without contraction to fused multiply-add): alpha and
-//              phi are the same numbers in every backend, or columns of equal phi could change places.
+//              is carried in two doubles (about 106 bits), so that its rounding does not depend on the order, and phi
+//              is a product and a difference, each rounded (this file is compiled without contraction to fused
+//              multiply-add): alpha and phi are the same numbers in every backend, or equal phi could change places.
 // Bytes moved  both scores once, the mask once; a few arrays of cols doubles.
 // Design       Selection, not sorting: nth_element is linear in cols, and the rest is a few passes over vectors that
 //              fit the cache.  One thread: at 11008 columns the whole call is some hundred microseconds.

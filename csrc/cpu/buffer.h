@@ -18,9 +18,7 @@ class Buffer {
 
  private:
   static constexpr std::align_val_t kAlignment{64};
-  static std::size_t bytes(std::int64_t count) {
-    return static_cast<std::size_t>(count > 0 ? count : 1) * sizeof(T);
-  }
+  static std::size_t bytes(std::int64_t count) { return static_cast<std::size_t>(count > 0 ? count : 1) * sizeof(T); }
   struct Free {
     void operator()(T* pointer) const { ::operator delete(pointer, kAlignment); }
   };

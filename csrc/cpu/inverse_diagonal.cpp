@@ -30,12 +30,12 @@
 namespace hpa {
 namespace {
 
-constexpr std::int64_t kSmall = 1024;         // columns up to which float32 matrices are factored in float64
-constexpr std::int64_t kBlock = 240;          // columns of a step: a multiple of every panel width
-constexpr double kLowRankShare = 0.8;         // tokens / cols below which the low-rank route does less work
-constexpr double kLeastRemainder = 1e-8;      // smallest 1 - |.|^2 that float64 still resolves to 1e-7 or so
-constexpr std::int64_t kGrain = 1 << 20;      // multiply-adds worth a thread
-constexpr std::int64_t kStripPanels = 4;      // panels of right-hand sides that a task solves for
+constexpr std::int64_t kSmall = 1024;     // columns up to which float32 matrices are factored in float64
+constexpr std::int64_t kBlock = 240;      // columns of a step: a multiple of every panel width
+constexpr double kLowRankShare = 0.8;     // tokens / cols below which the low-rank route does less work
+constexpr double kLeastRemainder = 1e-8;  // smallest 1 - |.|^2 that float64 still resolves to 1e-7 or so
+constexpr std::int64_t kGrain = 1 << 20;  // multiply-adds worth a thread
+constexpr std::int64_t kStripPanels = 4;  // panels of right-hand sides that a task solves for
 
 enum class Purpose { inverse_norms, pivots, factor };
 
@@ -53,7 +53,8 @@ FactorStatus factor_block(const isa::Kernels<T>& kernels, std::int64_t size, T* 
       kernels.dot4(known, current, col, sums);
       for (int k = 0; k < 4; ++k) {
         double sum = sums[k];
-        for (int i = 0; i < k; ++i) sum += static_cast<double>(known[k][col + i]) * static_cast<double>(current[col + i]);
+        for (int i = 0; i < k; ++i)
+          sum += static_cast<double>(known[k][col + i]) * static_cast<double>(current[col + i]);
         current[col + k] = static_cast<T>((static_cast<double>(current[col + k]) - sum) / known[k][col + k]);
       }
     }
@@ -76,9 +77,9 @@ FactorStatus factor_block(const isa::Kernels<T>& kernels, std::int64_t size, T* 
 // After the steps up to block k the part below it holds, right of the block, what is left of H to be factored, and left
 // of it the right-hand sides of L X = I as far as they are solved.  A step factors the diagonal block L_kk, then for
 // every column j solves L_kk p_j = (rows of block k of the right-hand side, if j is left of or in the block; the column
-// of H below the diagonal block, transposed, if right of it).  The p_j of the left are rows of the inverse factor: their
-// squares are added to sums[j].  The p_j of the right are the factor's panel.  Both together are one packed operand P,
-// and all rows below are updated at once by  C[i, j] -= <p_i, p_j>.
+// of H below the diagonal block, transposed, if right of it).  The p_j of the left are rows of the inverse factor:
+// their squares are added to sums[j].  The p_j of the right are the factor's panel.  Both together are one packed
+// operand P, and all rows below are updated at once by  C[i, j] -= <p_i, p_j>.
 //
 //   inverse_norms   sums[j] = |L^-1 e_j|^2
 //   pivots          sums[j] = L_jj; the left part is left out
@@ -202,7 +203,8 @@ InverseDiagonalResult dense(const TensorView& out, const MatrixView& given, bool
   }
 
   InverseDiagonalResult result;
-  result.lambda = damping * mean_diagonal(c, [](const void* at) { return static_cast<double>(*static_cast<const T*>(at)); });
+  result.lambda =
+      damping * mean_diagonal(c, [](const void* at) { return static_cast<double>(*static_cast<const T*>(at)); });
   if (!std::isfinite(result.lambda)) {
     result.status = FactorStatus::non_finite;
     return result;
@@ -249,8 +251,8 @@ void solve_strip(const isa::Kernels<double>& kernels, const MatrixView& x, const
     for (std::int64_t row = stop; row < n; row += p) {
       pack_panel(kernels, {const_cast<double*>(factor), DType::f64, n, n, n, 1}, row, start, size, panel, pack_scratch);
       for (std::int64_t q = 0; q < strip_panels; ++q) {
-        kernels.update(size, panel, lanes + q * kBlock * p, -1.0, std::min(p, n - row), p, n, rest + row * pitch + q * p,
-                       pitch);
+        kernels.update(size, panel, lanes + q * kBlock * p, -1.0, std::min(p, n - row), p, n,
+                       rest + row * pitch + q * p, pitch);
       }
     }
   }
@@ -264,7 +266,8 @@ InverseDiagonalResult low_rank(const TensorView& out, const MatrixView& x, doubl
   result.low_rank = true;
   if (tokens == 0) return result;  // G = 0, lambda = 0
   Buffer<double> matrix(tokens * tokens);
-  for (std::int64_t row = 0; row < tokens; ++row) std::fill(&matrix[row * tokens], &matrix[row * tokens] + row + 1, 0.0);
+  for (std::int64_t row = 0; row < tokens; ++row)
+    std::fill(&matrix[row * tokens], &matrix[row * tokens] + row + 1, 0.0);
   const MatrixView k = {matrix.data(), DType::f64, tokens, tokens, tokens, 1};
   add_gram(kernels, x, scale, k, threads);
 

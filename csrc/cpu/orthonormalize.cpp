@@ -1,16 +1,16 @@
 // Rows v of `vectors` become orthonormal, and orthogonal to the rows of `basis`     vectors [m, n], basis [known, n]
 //
-// Method       Block classical Gram-Schmidt with reorthogonalisation (Barlow and Smoktunowicz 2013), eight rows a block.
-//              First sweep: take out the basis and the rows kept so far, then within the block, normalise.  Second sweep:
-//              the same once more on unit vectors, which brings the loss of orthogonality to the unit roundoff whatever
-//              the condition of `vectors`.
+// Method       Block classical Gram-Schmidt with reorthogonalisation (Barlow and Smoktunowicz 2013), blocks of eight
+//              rows.  First sweep: take out the basis and the rows kept so far, then within the block, normalise.
+//              Second sweep: the same once more on unit vectors, which brings the loss of orthogonality to the unit
+//              roundoff whatever the condition of `vectors`.
 // Dropped      rows with |rest| <= rtol * |v|, and rows that the second sweep shrinks below 1/sqrt(2) (Kahan and
 //              Parlett): what is left of those is rounding noise, which must not be normalised into a direction.
 // Arithmetic   as project.cpp; norms are summed in float64.  Rows are stored in their own dtype between sweeps.
 // Bytes moved  a block reads the rows before it four times (two sweeps, dot products and differences): about m / 4
 //              readings of `vectors` in all, against 2 m for vector-by-vector Gram-Schmidt.
-// Design       Kept rows move up over dropped ones, so that rows [0, kept) are always the basis so far and every step is
-//              a projection of some rows on others: project.cpp does the work.
+// Design       Kept rows move up over dropped ones, so that rows [0, kept) are always the basis so far and every step
+//              is a projection of some rows on others: project.cpp does the work.
 #include <algorithm>
 #include <cmath>
 #include <vector>

@@ -15,16 +15,19 @@
 
 namespace hpa {
 
-// Depth of one packed block: long enough to amortise reading and writing the result, short enough for two panels to
-// stay in the second-level cache.  It also bounds the length of a plain sum.
+// Depth that one tile sums in registers: long enough to amortise reading and writing the tile, short enough for two
+// panels to stay in the second-level cache.  It also bounds the length of a plain sum.
 inline constexpr std::int64_t kDepth = 256;
+
+// Blocks of kDepth that are summed in scratch before the result is touched.
+inline constexpr std::int64_t kStack = 4;
 
 inline constexpr std::int64_t kPackRows = 8;
 
 constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
-// Packs lanes [first, first + panel) and depths [depth_start, depth_start + depth) of `source`, a matrix [lanes, depth].
-// scratch: kPackRows * depth.
+// Packs lanes [first, first + panel) and depths [depth_start, depth_start + depth) of `source`, a matrix [lanes,
+// depth]. scratch: kPackRows * depth.
 template <class T>
 void pack_panel(const isa::Kernels<T>& kernels, const MatrixView& source, std::int64_t first, std::int64_t depth_start,
                 std::int64_t depth, T* out, T* scratch) {
@@ -53,8 +56,8 @@ void pack_panel(const isa::Kernels<T>& kernels, const MatrixView& source, std::i
   }
 }
 
-// Lower triangle of C += alpha * A A^T, from rows `first_row` on (a multiple of the panel), A packed in `panels` with
-// `depth` and n lanes.  Blocks of panels are tasks; every element has one owner and one order of summation.
+// Lower triangle of C += alpha * A A^T from row `first_row` and column `first_col` on (multiples of the panel), A packed
+// in `panels` with `depth` and n lanes.  Blocks of panels are tasks; every element has one owner and one order of sums.
 template <class T>
 void add_symmetric_product(const isa::Kernels<T>& kernels, const T* panels, std::int64_t depth, std::int64_t n,
                            std::int64_t first_row, std::int64_t first_col, T alpha, const MatrixView& c, int threads) {
@@ -65,7 +68,7 @@ void add_symmetric_product(const isa::Kernels<T>& kernels, const T* panels, std:
   const std::int64_t block = std::clamp<std::int64_t>(count / 8, 1, 4);
   const std::int64_t row_blocks = ceil_div(count - row_panel, block);
   const std::int64_t col_blocks = ceil_div(count - col_panel, block);
-  const bool direct = c.col_stride == 1 && c.dtype == (sizeof(T) == 4 ? DType::f32 : DType::f64);
+  const bool direct = c.col_stride == 1 && depth <= kDepth;
   Buffer<T> scratch(direct ? 0 : threads * p * p);
 
   parallel_for(row_blocks * col_blocks, threads, [&](std::int64_t task, int thread) {
@@ -82,13 +85,15 @@ void add_symmetric_product(const isa::Kernels<T>& kernels, const T* panels, std:
           kernels.update(depth, a, b, alpha, rows, cols, reach, static_cast<T*>(c.at(i * p, j * p)), c.row_stride);
           continue;
         }
-        T* block_sum = scratch.data() + thread * p * p;
-        std::fill(block_sum, block_sum + p * p, T(0));
-        kernels.update(depth, a, b, alpha, rows, cols, reach, block_sum, p);
+        T* sum = scratch.data() + thread * p * p;
+        std::fill(sum, sum + p * p, T(0));
+        for (std::int64_t d = 0; d < depth; d += kDepth) {
+          kernels.update(std::min(kDepth, depth - d), a + d * p, b + d * p, T(1), rows, cols, reach, sum, p);
+        }
         for (std::int64_t r = 0; r < rows; ++r) {
-          for (std::int64_t s = 0; s < std::min(cols, r + reach + 1); ++s) {
-            *static_cast<T*>(c.at(i * p + r, j * p + s)) += block_sum[r * p + s];
-          }
+          T* row = static_cast<T*>(c.at(i * p + r, j * p));
+          const std::int64_t width = std::min(cols, r + reach + 1);
+          for (std::int64_t s = 0; s < width; ++s) row[s * c.col_stride] += alpha * sum[r * p + s];
         }
       }
     }
@@ -99,7 +104,7 @@ void add_symmetric_product(const isa::Kernels<T>& kernels, const T* panels, std:
 template <class T>
 void add_gram(const isa::Kernels<T>& kernels, const MatrixView& source, T alpha, const MatrixView& c, int threads) {
   const std::int64_t p = kernels.panel, n = source.rows, count = ceil_div(n, p);
-  const std::int64_t deepest = std::min(kDepth, source.cols);
+  const std::int64_t deepest = std::min(kStack * kDepth, source.cols);
   if (n == 0 || deepest == 0) return;
   threads = useful_threads(n * n / 2 * source.cols, 1 << 20, threads);
   Buffer<T> panels(count * deepest * p);

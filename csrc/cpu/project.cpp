@@ -1,4 +1,4 @@
-// g -= sum_k <g, q_k> q_k  for each of m vectors g, rank rows q_k           grads[i] [m, *shape_i], basis[i] [rank, *shape_i]
+// g -= sum_k <g, q_k> q_k  for each of m vectors g         grads[i] [m, *shape_i], basis[i] [rank, *shape_i]
 //
 // Arithmetic   float32, or float64 where any argument is.  Dot products: float32 over at most 2048 elements, float64
 //              over blocks and over the list.  g is rounded to its storage dtype once a pass.
@@ -51,7 +51,7 @@ std::vector<Piece> cut(const Slices& slices, std::int64_t longest) {
   return pieces;
 }
 
-// ---- Few vectors: streams ---------------------------------------------------------------------------------------------
+// ---- Few vectors: streams ----
 
 template <class T>
 class Stream {
@@ -96,9 +96,9 @@ class Stream {
   // Rows [k, k + 4) of the basis; where it ends, its last row is repeated and its results are not used.
   void read_basis(const Piece& piece, std::int64_t k, T* scratch, const T* rows[4]) const {
     for (std::int64_t i = 0; i < 4; ++i) {
-      rows[i] = k + i < slices_.rank ? slices_.basis[piece.slice].read(kernels_, k + i, piece.start, piece.count,
-                                                                       scratch + i * kBlock)
-                                     : rows[i - 1];
+      rows[i] = k + i < slices_.rank
+                    ? slices_.basis[piece.slice].read(kernels_, k + i, piece.start, piece.count, scratch + i * kBlock)
+                    : rows[i - 1];
     }
   }
 
@@ -164,7 +164,7 @@ class Stream {
   Buffer<T> scratch_;
 };
 
-// ---- Many vectors: panels ---------------------------------------------------------------------------------------------
+// ---- Many vectors: panels ----
 
 // Packs `count` rows from `first` on into panels [depth][panel], lane = row.
 template <class T>

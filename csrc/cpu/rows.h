@@ -60,8 +60,7 @@ class RowsView {
 
   // Elements [offset, offset + count) of a vector: where they lie, or converted into `scratch`.
   template <class T>
-  T* read(const isa::Kernels<T>& kernels, std::int64_t row, std::int64_t offset, std::int64_t count,
-          T* scratch) const {
+  T* read(const isa::Kernels<T>& kernels, std::int64_t row, std::int64_t offset, std::int64_t count, T* scratch) const {
     if (T* direct = in_place<T>(row, offset)) return direct;
     const auto convert = kernels.load[static_cast<int>(dtype_)];
     for_each_run(row, offset, count, [&](void* run, std::int64_t stride, std::int64_t done, std::int64_t length) {

@@ -1,7 +1,8 @@
 // The inner loops, once for each instruction set.
 //
-// kernels.inl is compiled several times, each time in a file and a namespace of its own with flags of its own, and fills
-// one Table.  Everything else in csrc/cpu is compiled for the platform's baseline and calls through the active table.
+// kernels.inl is compiled several times, each time in a file and a namespace of its own with flags of its own, and
+// fills one Table.  Everything else in csrc/cpu is compiled for the platform's baseline and calls through the active
+// table.
 #pragma once
 
 #include <cstdint>
@@ -28,7 +29,7 @@ struct Kernels {
   void (*dot4)(const T* const a[4], const T* b, std::int64_t count, double out[4]);
   // y -= sum_{i < 4} factor[i] * x[i].
   void (*subtract4)(const T factor[4], const T* const x[4], std::int64_t count, T* y);
-  void (*scale)(double factor, std::int64_t count, T* x);  // x *= factor, rounded once
+  void (*scale)(double factor, std::int64_t count, T* x);    // x *= factor, rounded once
   double (*sum_of_squares)(const T* x, std::int64_t count);  // in double throughout
 
   void (*add_squares)(const T* g, std::int64_t count, T* total);

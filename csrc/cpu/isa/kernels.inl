@@ -19,105 +19,93 @@ namespace {
 
 #define HPA_INLINE inline __attribute__((always_inline))
 
-struct Bf16 {
-  std::uint16_t bits;
-};
-struct F16 {
-  std::uint16_t bits;
-};
-
-// ---- Conversions -----------------------------------------------------------------------------------------------------
-// Branch-free integer arithmetic that the compiler turns into vector code on every instruction set.
+// ---- Storage formats: an element as it is stored (`Bits`), widened to float and rounded back ----
+// Branch-free integer arithmetic, which the compiler turns into vector code on every instruction set.
 
 HPA_INLINE float from_bits(std::uint32_t bits) { return __builtin_bit_cast(float, bits); }
 HPA_INLINE std::uint32_t to_bits(float value) { return __builtin_bit_cast(std::uint32_t, value); }
 
-HPA_INLINE float widen(float value) { return value; }
-HPA_INLINE double widen(double value) { return value; }
-HPA_INLINE float widen(Bf16 value) { return from_bits(static_cast<std::uint32_t>(value.bits) << 16); }
+struct F32 {
+  using Bits = float;
+  static HPA_INLINE float widen(float value) { return value; }
+  static HPA_INLINE float narrow(float value) { return value; }
+  static HPA_INLINE float narrow(double value) { return static_cast<float>(value); }
+};
 
-HPA_INLINE float widen(F16 value) {
-  constexpr std::uint32_t kRebias = 112u << 23;  // exponent bias 127 - 15
-  const std::uint32_t magnitude = static_cast<std::uint32_t>(value.bits & 0x7fffu) << 13;
-  const std::uint32_t exponent = magnitude & 0x0f800000u;
-  const std::uint32_t normal = magnitude + kRebias;
-  // A subnormal is 2^-14 times its fraction: given an implicit one, which is subtracted again.
-  const std::uint32_t subnormal = to_bits(from_bits(normal + (1u << 23)) - 0x1p-14f);
-  std::uint32_t bits = exponent == 0 ? subnormal : normal;
-  bits = exponent == 0x0f800000u ? normal + kRebias : bits;  // Inf, NaN
-  return from_bits(bits | static_cast<std::uint32_t>(value.bits & 0x8000u) << 16);
-}
+struct F64 {
+  using Bits = double;
+  static HPA_INLINE double widen(double value) { return value; }
+  static HPA_INLINE double narrow(double value) { return value; }
+};
 
-template <class S>
-HPA_INLINE S narrow(double value);
-template <class S>
-HPA_INLINE S narrow(float value);
+struct Bf16 {
+  using Bits = std::uint16_t;
+  static HPA_INLINE float widen(std::uint16_t bits) { return from_bits(static_cast<std::uint32_t>(bits) << 16); }
+  static HPA_INLINE std::uint16_t narrow(float value) {
+    const std::uint32_t bits = to_bits(value);
+    const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+    const std::uint32_t quiet = (bits >> 16) | 0x40u;
+    return static_cast<std::uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
+  }
+};
 
-template <>
-HPA_INLINE float narrow<float>(float value) {
-  return value;
-}
-template <>
-HPA_INLINE double narrow<double>(float value) {
-  return value;
-}
-template <>
-HPA_INLINE Bf16 narrow<Bf16>(float value) {
-  const std::uint32_t bits = to_bits(value);
-  const std::uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const std::uint32_t quiet = (bits >> 16) | 0x40u;
-  return {static_cast<std::uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded)};
-}
-template <>
-HPA_INLINE F16 narrow<F16>(float value) {
-  const std::uint32_t bits = to_bits(value);
-  const std::uint32_t magnitude = bits & 0x7fffffffu;
-  const std::uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;  // NaN, Inf
-  constexpr std::uint32_t kMagic = 126u << 23;  // one ulp of 0.5 is the smallest subnormal of f16
-  const std::uint32_t subnormal = to_bits(from_bits(magnitude) + from_bits(kMagic)) - kMagic;
-  const std::uint32_t normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
-  std::uint32_t half = magnitude < (113u << 23) ? subnormal : normal;
-  half = magnitude >= (143u << 23) ? special : half;
-  return {static_cast<std::uint16_t>(half | (bits & 0x80000000u) >> 16)};
-}
-template <>
-HPA_INLINE float narrow<float>(double value) {
-  return static_cast<float>(value);
-}
-template <>
-HPA_INLINE double narrow<double>(double value) {
-  return value;
-}
-template <>
-HPA_INLINE Bf16 narrow<Bf16>(double value) {
-  return narrow<Bf16>(static_cast<float>(value));
-}
-template <>
-HPA_INLINE F16 narrow<F16>(double value) {
-  return narrow<F16>(static_cast<float>(value));
-}
+struct F16 {
+  using Bits = std::uint16_t;
+  static HPA_INLINE float widen(std::uint16_t half) {
+    constexpr std::uint32_t kRebias = 112u << 23;  // exponent bias 127 - 15
+    const std::uint32_t magnitude = static_cast<std::uint32_t>(half & 0x7fffu) << 13;
+    const std::uint32_t exponent = magnitude & 0x0f800000u;
+    const std::uint32_t normal = magnitude + kRebias;
+    // A subnormal is 2^-14 times its fraction: given an implicit one, which is subtracted again.
+    const std::uint32_t subnormal = to_bits(from_bits(normal + (1u << 23)) - 0x1p-14f);
+    std::uint32_t bits = exponent == 0 ? subnormal : normal;
+    bits = exponent == 0x0f800000u ? normal + kRebias : bits;  // Inf, NaN
+    return from_bits(bits | static_cast<std::uint32_t>(half & 0x8000u) << 16);
+  }
+  static HPA_INLINE std::uint16_t narrow(float value) {
+    const std::uint32_t bits = to_bits(value);
+    const std::uint32_t magnitude = bits & 0x7fffffffu;
+    const std::uint32_t special = magnitude > 0x7f800000u ? 0x7e00u : 0x7c00u;  // NaN, Inf
+    constexpr std::uint32_t kMagic = 126u << 23;  // one ulp of 0.5 is the smallest subnormal of float16
+    const std::uint32_t subnormal = to_bits(from_bits(magnitude) + from_bits(kMagic)) - kMagic;
+    const std::uint32_t normal = (magnitude - (112u << 23) + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+    std::uint32_t half = magnitude < (113u << 23) ? subnormal : normal;
+    half = magnitude >= (143u << 23) ? special : half;
+    return static_cast<std::uint16_t>(half | (bits & 0x80000000u) >> 16);
+  }
+};
 
-template <class S, class T>
+template <class Format, class T>
 void load(const void* source, std::int64_t stride, std::int64_t count, T* __restrict target) {
-  const S* __restrict from = static_cast<const S*>(source);
+  const auto* __restrict from = static_cast<const typename Format::Bits*>(source);
   if (stride == 1) {
-    for (std::int64_t i = 0; i < count; ++i) target[i] = static_cast<T>(widen(from[i]));
+    for (std::int64_t i = 0; i < count; ++i) target[i] = static_cast<T>(Format::widen(from[i]));
   } else {
-    for (std::int64_t i = 0; i < count; ++i) target[i] = static_cast<T>(widen(from[i * stride]));
+    for (std::int64_t i = 0; i < count; ++i) target[i] = static_cast<T>(Format::widen(from[i * stride]));
   }
 }
 
-template <class S, class T>
+// Doubles pass through float on their way to a 16-bit format.
+template <class Format, class T>
+HPA_INLINE typename Format::Bits narrow(T value) {
+  if constexpr (sizeof(typename Format::Bits) == 2) {
+    return Format::narrow(static_cast<float>(value));
+  } else {
+    return Format::narrow(value);
+  }
+}
+
+template <class Format, class T>
 void store(const T* __restrict source, std::int64_t count, void* target, std::int64_t stride) {
-  S* __restrict to = static_cast<S*>(target);
+  auto* __restrict to = static_cast<typename Format::Bits*>(target);
   if (stride == 1) {
-    for (std::int64_t i = 0; i < count; ++i) to[i] = narrow<S>(source[i]);
+    for (std::int64_t i = 0; i < count; ++i) to[i] = narrow<Format>(source[i]);
   } else {
-    for (std::int64_t i = 0; i < count; ++i) to[i * stride] = narrow<S>(source[i]);
+    for (std::int64_t i = 0; i < count; ++i) to[i * stride] = narrow<Format>(source[i]);
   }
 }
 
-// ---- Vectors ---------------------------------------------------------------------------------------------------------
+// ---- Vectors ----
 
 template <class T>
 struct Vector {
@@ -203,7 +191,7 @@ void scale(double factor, std::int64_t count, T* x) {
   for (std::int64_t i = 0; i < count; ++i) x[i] = static_cast<T>(factor * static_cast<double>(x[i]));
 }
 
-// ---- Streams ---------------------------------------------------------------------------------------------------------
+// ---- Streams ----
 
 template <class T>
 void add_squares(const T* __restrict g, std::int64_t count, T* __restrict total) {
@@ -212,7 +200,10 @@ void add_squares(const T* __restrict g, std::int64_t count, T* __restrict total)
 
 template <class T>
 void add_abs_products(const T* __restrict g, const T* __restrict w, std::int64_t count, T* __restrict total) {
-  for (std::int64_t i = 0; i < count; ++i) total[i] += __builtin_fabs(static_cast<T>(w[i] * g[i]));
+  for (std::int64_t i = 0; i < count; ++i) {
+    const T product = w[i] * g[i];
+    total[i] += product < 0 ? -product : product;
+  }
 }
 
 template <class T>
@@ -241,28 +232,26 @@ void change(const T* __restrict before, const T* __restrict after, std::int64_t 
   sums[2] += change_sum;
 }
 
-template <class S, class Bits, class T>
+// Kept elements are moved, never computed with, so that they stay the same bits.
+template <class Format, class T>
 void merge(void* after, const void* before, const std::uint8_t* __restrict mask, double projection,
            std::int64_t count) {
-  static_assert(sizeof(S) == sizeof(Bits));
-  S* __restrict to = static_cast<S*>(after);
-  const S* __restrict old = static_cast<const S*>(before);
+  using Bits = typename Format::Bits;
+  auto* __restrict to = static_cast<Bits*>(after);
+  const auto* __restrict old = static_cast<const Bits*>(before);
   if (projection == 0) {
-    for (std::int64_t i = 0; i < count; ++i) {
-      const Bits kept = __builtin_bit_cast(Bits, old[i]), same = __builtin_bit_cast(Bits, to[i]);
-      to[i] = __builtin_bit_cast(S, static_cast<Bits>(mask[i] ? kept : same));
-    }
+    for (std::int64_t i = 0; i < count; ++i) to[i] = mask[i] ? old[i] : to[i];
     return;
   }
   const T factor = static_cast<T>(projection);
   for (std::int64_t i = 0; i < count; ++i) {
-    const Bits kept = __builtin_bit_cast(Bits, old[i]);
-    const S changed = narrow<S>(static_cast<T>(widen(to[i])) - factor * static_cast<T>(widen(old[i])));
-    to[i] = __builtin_bit_cast(S, static_cast<Bits>(mask[i] ? kept : __builtin_bit_cast(Bits, changed)));
+    const Bits kept = old[i];
+    const Bits changed = narrow<Format>(static_cast<T>(Format::widen(to[i]) - factor * Format::widen(kept)));
+    to[i] = mask[i] ? kept : changed;
   }
 }
 
-// ---- Panels ----------------------------------------------------------------------------------------------------------
+// ---- Panels ----
 
 constexpr int kAcross = HPA_TILE_VECTORS;
 constexpr int kDown = HPA_TILE_ROWS;
@@ -295,7 +284,6 @@ void update(std::int64_t depth, const T* a, const T* b, T alpha, std::int64_t ro
   constexpr std::int64_t p = kPanel<T>, w = Vector<T>::width;
   static_assert(p % kDown == 0);
   for (std::int64_t top = 0; top < rows; top += kDown) {
-    if (top + kDown - 1 + reach < 0) continue;
     V<T> sum[kDown][kAcross];
     tile<T>(depth, a + top, b, sum);
     if (top + kDown <= rows && cols == p && top + reach >= p - 1) {
@@ -372,8 +360,8 @@ void add_lane_squares(std::int64_t depth, const T* __restrict lanes, double* __r
 template <class T>
 constexpr Kernels<T> make_kernels() {
   return {
-      {load<float, T>, load<double, T>, load<Bf16, T>, load<F16, T>},
-      {store<float, T>, store<double, T>, store<Bf16, T>, store<F16, T>},
+      {load<F32, T>, load<F64, T>, load<Bf16, T>, load<F16, T>},
+      {store<F32, T>, store<F64, T>, store<Bf16, T>, store<F16, T>},
       dot<T>,
       dot4<T>,
       subtract4<T>,
@@ -398,9 +386,8 @@ const Table HPA_ISA_TABLE = {
     HPA_ISA_NAME,
     HPA_ISA_NAMESPACE::make_kernels<float>(),
     HPA_ISA_NAMESPACE::make_kernels<double>(),
-    {HPA_ISA_NAMESPACE::merge<float, std::uint32_t, float>, HPA_ISA_NAMESPACE::merge<double, std::uint64_t, double>,
-     HPA_ISA_NAMESPACE::merge<HPA_ISA_NAMESPACE::Bf16, std::uint16_t, float>,
-     HPA_ISA_NAMESPACE::merge<HPA_ISA_NAMESPACE::F16, std::uint16_t, float>},
+    {HPA_ISA_NAMESPACE::merge<HPA_ISA_NAMESPACE::F32, float>, HPA_ISA_NAMESPACE::merge<HPA_ISA_NAMESPACE::F64, double>,
+     HPA_ISA_NAMESPACE::merge<HPA_ISA_NAMESPACE::Bf16, float>, HPA_ISA_NAMESPACE::merge<HPA_ISA_NAMESPACE::F16, float>},
 };
 
 }  // namespace hpa::isa

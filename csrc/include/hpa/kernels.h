@@ -36,7 +36,7 @@ InverseDiagonalResult inverse_diagonal(const TensorView& out, const std::optiona
 void accumulate_importance(const std::vector<TensorView>& importance, const std::vector<TensorView>& grads,
                            const std::vector<TensorView>& weights, int threads);
 
-// column_change[j] = mean_i (after - before)[i, j]^2;  scalars = { <after - before, before>, |before|^2, |after - before|^2 }.
+// With d = after - before:  column_change[j] = mean_i d[i, j]^2,  scalars = { <d, before>, |before|^2, |d|^2 }.
 void change_statistics(const TensorView& column_change, const TensorView& scalars, const TensorView& before,
                        const TensorView& after, int threads);
 
@@ -76,7 +76,7 @@ struct OrthonormalizeResult {
   std::int64_t bad_row = -1;  // first row with NaN or Inf: nothing was written
 };
 
-// Rows of vectors [m, n] become orthonormal, and orthogonal to the rows of basis [known, n]; dependent rows are dropped.
+// Rows of vectors [m, n] become orthonormal, also to the rows of basis [known, n]; dependent rows are dropped.
 OrthonormalizeResult orthonormalize(const TensorView& vectors, const std::optional<TensorView>& basis, double rtol,
                                     int threads);
 

@@ -1,0 +1,273 @@
+"""The command ``hpa``.
+
+    hpa run recipes/demo.yaml     a model through a sequence of tasks, by every method of the recipe
+    hpa report runs/demo          its table and its page again
+    hpa methods                   the methods and their options
+    hpa info                      what is installed, and what this machine can run
+
+Exit codes: 0 all done; 1 a branch (or the report) failed; 2 wrong input; 130 stopped by Ctrl-C, 143 by a terminate
+signal.  Heavy imports wait until a command needs them, so ``hpa --help`` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from hpa.continual import Session
+    from hpa.recipe import RunConfig
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="hpa",
+    help="Keep a safety-aligned model safe, and keep its old skills, while it goes on learning new tasks.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+_out = Console()
+_err = Console(stderr=True)
+
+
+@app.command("run")
+def run_command(
+    recipe: Annotated[Path, typer.Argument(help="A recipe: one YAML file.", show_default=False)],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="Run folder; continued where it exists.", show_default="runs/<name>"),
+    ] = None,
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", "-j", min=1, help="Branches at once.", show_default="the recipe's")
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(help="Seeds, as 0,1,2.", show_default="the recipe's")] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option("--only", help="Run this row alone (its label); may be repeated.", show_default=False),
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a recipe field: training.steps=30; may be repeated."),
+    ] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Where base models are kept.", show_default="$HPA_CACHE or ~/.cache/hpa")
+    ] = None,
+    quiet: Annotated[
+        bool, typer.Option("--quiet", "-q", help="One plain line for each finished step, no bars.")
+    ] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="Show what would be run, and stop.")] = False,
+) -> None:
+    """Train, edit and judge: every method of the recipe, task after task.
+
+    A run that was stopped, in whatever way, is continued by the same command.
+    """
+    from hpa.recipe import load_recipe
+
+    config = _narrowed(load_recipe(recipe, set_ or []), jobs, seeds, only)
+    folder = out if out is not None else Path("runs") / config.name
+    if plan:
+        _show_plan(config, folder, cache)
+        return
+
+    # Notes of transformers about defaults would tear the bars; workers inherit this.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Loading torch, transformers and peft takes seconds: say so before, not after.
+    if not quiet:
+        _err.print("loading ...", highlight=False)
+    from hpa.continual import run
+    from hpa.progress import Bars, Lines
+
+    listener = Lines() if quiet or not _err.is_terminal else Bars(_err)
+    try:
+        with listener:
+            result = run(config, folder, listener=listener, cache=cache)
+    except (KeyboardInterrupt, _Terminated) as stop:
+        _err.print("stopped; finished steps are kept. Go on with the same command:", highlight=False)
+        _err.print(f"  {_command_line()}", markup=False, highlight=False, soft_wrap=True)
+        raise typer.Exit(143 if isinstance(stop, _Terminated) else 130) from None
+
+    reported = _show_results(result.folder)
+    for failure in result.failures:
+        _err.print(f"failed: {failure.where}: {failure.error}", markup=False, style="bold red", soft_wrap=True)
+        _err.print(f"  traceback: {failure.log}", markup=False, soft_wrap=True)
+    if result.failures:
+        total = len(result.finished) + len(result.failures)
+        _err.print(
+            f"{len(result.failures)} of {total} branches failed; the same command tries them again", highlight=False
+        )
+    if result.failures or not reported:
+        raise typer.Exit(1)
+
+
+@app.command("report")
+def report_command(
+    folder: Annotated[Path, typer.Argument(help="A run folder, finished or not.", show_default=False)],
+) -> None:
+    """Make the table and the page of a run again, from its events alone."""
+    if not (folder / "events.jsonl").is_file():
+        raise _UserError(f"{folder}: expected a run folder with events.jsonl, found none")
+    if not _show_results(folder):
+        raise typer.Exit(1)
+
+
+@app.command("methods")
+def methods_command(
+    name: Annotated[str | None, typer.Argument(help="Show this method's options.", show_default=False)] = None,
+) -> None:
+    """List the methods, or the options of one."""
+    from hpa.methods import METHODS, create_method
+    from hpa.recipe import expected
+
+    if name is None:
+        table = Table("method", "what it does", "reads", "options")
+        for key, method in METHODS.items():
+            summary = (method.__doc__ or "").strip().partition("\n")[0]
+            needs = ", ".join(sorted(create_method(key).needs)) or "nothing"
+            table.add_row(key, summary, needs, str(len(method.Config.model_fields)))
+        _out.print(table)
+        _out.print("hpa methods <name> lists the options of one.", highlight=False)
+        return
+    if name not in METHODS:
+        raise _UserError(f"method: {expected(name, list(METHODS))}")
+    table = Table("option", "default", "what it does", title=name)
+    for key, field in METHODS[name].Config.model_fields.items():
+        default = field.get_default(call_default_factory=True)
+        shown = (
+            default if isinstance(default, (int, float, str, bool)) or default is None else default.__class__.__name__
+        )
+        table.add_row(key, str(shown), field.description or "")
+    _out.print(table)
+
+
+@app.command("info")
+def info_command() -> None:
+    """Say what is installed, where things are kept, and what this machine can run."""
+    from hpa.continual import default_cache, machine, versions
+    from hpa.data.registry import SCENARIOS
+    from hpa.evaluation import JUDGES, SCORERS
+    from hpa.methods import METHODS
+
+    table = Table(show_header=False, box=None, pad_edge=False)
+    for package, version in versions().items():
+        table.add_row(package, version)
+    table.add_row("machine", machine())
+    table.add_row("kernels", _kernels())
+    table.add_row("base models", str(default_cache()))
+    table.add_row("scenarios", ", ".join(sorted(SCENARIOS)))
+    table.add_row("methods", ", ".join(METHODS))
+    table.add_row("judges", ", ".join(f"{judge.name} ({judge.version})" for judge in JUDGES.values()))
+    table.add_row("scorers", ", ".join(SCORERS))
+    _out.print(table)
+
+
+def main() -> NoReturn:
+    """The console script: user errors in one line and exit code 2, no traceback."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        app()
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except _Terminated:
+        sys.exit(143)
+    except Exception as error:
+        if not _is_users(error):
+            raise
+        _err.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+    sys.exit(0)
+
+
+class _UserError(ValueError):
+    """What the user gave cannot be worked with."""
+
+
+class _Terminated(BaseException):
+    """A terminate signal arrived; unwound like Ctrl-C, so that workers are stopped and the event log is whole."""
+
+
+def _terminate(number: int, frame: Any) -> NoReturn:
+    del number, frame
+    raise _Terminated
+
+
+def _is_users(error: Exception) -> bool:
+    if isinstance(error, _UserError):
+        return True
+    # Only a command that got as far as importing these can have raised them.
+    recipe, storage = sys.modules.get("hpa.recipe"), sys.modules.get("hpa.storage")
+    kinds = [vars(module)[name] for module, name in ((recipe, "RecipeError"), (storage, "RunFolderError")) if module]
+    return isinstance(error, tuple(kinds))
+
+
+def _narrowed(config: RunConfig, jobs: int | None, seeds: str | None, only: list[str] | None) -> RunConfig:
+    """The recipe with what the command line says."""
+    from hpa.recipe import RecipeError, expected, parse_recipe
+
+    content = config.model_dump()
+    if jobs is not None:
+        content["jobs"] = jobs
+    if seeds is not None:
+        try:
+            content["seeds"] = [int(part) for part in seeds.split(",")]
+        except ValueError:
+            raise RecipeError(f"--seeds: expected whole numbers like 0,1,2, got {seeds!r}") from None
+    if only:
+        labels = [row.label for row in config.methods]
+        for label in only:
+            if label not in labels:
+                raise RecipeError(f"--only: {expected(label, labels)}")
+        content["methods"] = [row for row in content["methods"] if row["label"] in only]
+    return parse_recipe(content)
+
+
+def _show_plan(config: RunConfig, folder: Path, cache: Path | None) -> None:
+    from hpa.continual import Session, default_cache
+
+    session: Session = Session(config, folder.absolute(), cache=cache or default_cache())
+    left = session.steps_left()
+    table = Table("branch", "method", "learning rate", "steps left", title=f"{config.name} -> {folder}")
+    for branch in session.branches:
+        count = sum(where == branch.id for where, _, _ in left)
+        table.add_row(branch.id, branch.row.method, f"{branch.training.learning_rate:g}", str(count))
+    _out.print(table)
+    _out.print(f"{len(session.branches)} branches, {len(left)} steps left, {config.jobs} at once", highlight=False)
+
+
+def _show_results(folder: Path) -> bool:
+    """Table and page of a run; whether both could be made (the results are safe in any case)."""
+    from hpa.report import build_report, summary_table
+
+    try:
+        _out.print(summary_table(folder))
+        page = build_report(folder)
+    except Exception as error:  # a page that cannot be drawn must not hide that the run itself is done
+        _err.print(f"the report could not be made: {type(error).__name__}: {error}", markup=False, style="bold red")
+        _err.print(f"results: {folder / 'events.jsonl'}", markup=False, soft_wrap=True)
+        return False
+    _out.print(f"report: {page}", markup=False, highlight=False, soft_wrap=True)
+    return True
+
+
+def _kernels() -> str:
+    try:
+        import hpa_ext
+    except ImportError as error:
+        return f"not installed ({error})"
+    return f"hpa_ext {getattr(hpa_ext, '__version__', '')} (python -m hpa_ext tells more)"
+
+
+def _command_line() -> str:
+    import shlex
+
+    program = Path(sys.argv[0])
+    name = "python -m hpa" if program.name == "__main__.py" else program.name
+    return " ".join([name, *(shlex.quote(argument) for argument in sys.argv[1:])])

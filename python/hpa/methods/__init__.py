@@ -1,0 +1,38 @@
+"""The registry of methods: one file a method, one name each.
+
+A new method is a subclass of :class:`~hpa.methods.base.Method` in a file of its own, and a line in :data:`METHODS`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from hpa.config import validated
+from hpa.methods.base import Method
+from hpa.methods.hpa import HPA
+from hpa.methods.hpa_ls import HPALeastSquares
+from hpa.methods.magnitude import Magnitude
+from hpa.methods.random_columns import RandomColumns
+from hpa.methods.scale import Scale
+from hpa.methods.seqft import SeqFT
+
+__all__ = ["METHODS", "Method", "create_method"]
+
+METHODS: dict[str, type[Method]] = {
+    method.name: method for method in (SeqFT, HPA, HPALeastSquares, RandomColumns, Magnitude, Scale)
+}
+
+
+def create_method(name: str, **options: Any) -> Method:
+    """The method called ``name`` with its options.
+
+    Raises:
+        ValueError: an unknown name or option (what exists is listed), or a value out of range.
+
+    >>> create_method("hpa", mode="eps", proj="off")
+    HPA(mode='eps', proj='off')
+    """
+    if name not in METHODS:
+        raise ValueError(f"method: expected one of {', '.join(METHODS)}, got {name!r}")
+    method = METHODS[name]
+    return method(validated(method.Config, options, f"method '{name}'"))

@@ -1,0 +1,213 @@
+"""Files of a run that survive a kill at any moment: atomic writes, line journals, and a lock.
+
+A file is written beside its place, forced to disk and renamed, so it is either whole or not there.  A journal grows
+by whole lines; a line torn by a kill is cut off when the journal is opened again.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save as to_safetensors
+from torch import Tensor
+
+__all__ = [
+    "Journal",
+    "RunFolderError",
+    "RunLock",
+    "dump_line",
+    "load_tensors",
+    "read_lines",
+    "save_tensors",
+    "write_file",
+]
+
+
+class RunFolderError(RuntimeError):
+    """The run folder cannot be used as it is: in use, of another recipe, or damaged."""
+
+
+def write_file(path: Path, data: bytes | str) -> None:
+    """Write ``path`` beside its place, then rename: whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data.encode("utf-8") if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp gives 0600; a result is to be read by others
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    _sync_folder(path.parent)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write tensors as safetensors, atomically."""
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    write_file(path, to_safetensors(whole, metadata=dict(metadata or {})))
+
+
+def load_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Tensors and metadata of a safetensors file.
+
+    The tensors are copies in memory that torch aligned: a view into the file starts anywhere, and vectorised kernels
+    may then round differently than they did before a run was interrupted.
+    """
+    tensors: dict[str, Tensor] = {}
+    with safe_open(path, framework="pt") as file:
+        metadata = dict(file.metadata() or {})
+        for name in list(file.keys()):
+            view = file.get_tensor(name)
+            tensors[name] = torch.empty_like(view).copy_(view)
+    return tensors, metadata
+
+
+def dump_line(event: Mapping[str, Any]) -> str:
+    """One event as one line of JSON, newline included; NaN and infinity become null (they are no JSON)."""
+    return json.dumps(_jsonable(event), ensure_ascii=False, allow_nan=False, separators=(",", ":")) + "\n"
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The events of a file of JSON lines; a torn last line is left out.
+
+    Raises:
+        RunFolderError: a line before the last is not a JSON object.
+    """
+    return _parse_lines(path)[0] if path.exists() else []
+
+
+class Journal:
+    """A file of JSON lines that only grows: what is in it has happened, whatever comes after.
+
+    Opening it cuts off a torn last line.  ``append`` returns after the line is on disk.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self.events: list[dict[str, Any]] = []
+        if path.exists():
+            self.events, whole = _parse_lines(path)
+            if whole < path.stat().st_size:
+                with open(path, "r+b") as file:
+                    file.truncate(whole)
+
+    def append(self, event: Mapping[str, Any]) -> None:
+        line = dump_line(event)
+        with open(self.path, "ab") as file:
+            file.write(line.encode("utf-8"))
+            file.flush()
+            os.fsync(file.fileno())
+        self.events.append(json.loads(line))
+
+    def find(self, kind: str, task_index: int | None = None) -> dict[str, Any] | None:
+        """The last event of this kind (and task), if it has happened."""
+        for event in reversed(self.events):
+            if event.get("event") == kind and (task_index is None or event.get("task_index") == task_index):
+                return event
+        return None
+
+
+class RunLock:
+    """Only one process may work in a run folder.
+
+    The lock is the kernel's (``flock``), so it ends with its process, however that ends; the file's text only says
+    whose it is.  ``former`` holds the id that a process left behind which did not end in order.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "run.lock"
+        self.former: int | None = None
+        self._file: Any = None
+
+    def __enter__(self) -> RunLock:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(self.path, "a+", encoding="utf-8")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip() or "unknown"
+            file.close()
+            raise RunFolderError(
+                f"{self.path.parent} is in use by another run (process {owner}); "
+                "wait for it, stop it, or choose another --out"
+            ) from None
+        except OSError as error:
+            file.close()
+            raise RunFolderError(
+                f"{self.path}: this file system offers no locks ({error}); choose another --out"
+            ) from error
+        file.seek(0)
+        former = file.read().strip()
+        self.former = int(former) if former.isdigit() else None
+        file.seek(0)
+        file.truncate()
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        self._file = file
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        # Emptied, not removed: a process that waits on the old file would lock a name that nobody else sees.
+        self._file.seek(0)
+        self._file.truncate()
+        self._file.close()
+
+
+def _parse_lines(path: Path) -> tuple[list[dict[str, Any]], int]:
+    """Events, and the number of bytes that whole lines take."""
+    events: list[dict[str, Any]] = []
+    whole = 0
+    lines = path.read_bytes().split(b"\n")
+    last = len(lines) - 1 - (not lines[-1])  # the piece after a final newline is empty
+    for number, line in enumerate(lines[: last + 1]):
+        terminated = number < len(lines) - 1
+        try:
+            event = json.loads(line)
+        except ValueError:
+            event = None
+        if not isinstance(event, dict) or not terminated:
+            if number == last:
+                break
+            raise RunFolderError(f"{path}: line {number + 1} is not a JSON object; the file was changed or damaged")
+        events.append(event)
+        whole += len(line) + 1
+    return events, whole
+
+
+def _jsonable(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _jsonable(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_jsonable(item) for item in value]
+    if hasattr(value, "item"):  # a tensor or a numpy number with one element
+        return _jsonable(value.item())
+    if isinstance(value, float):
+        return value if value == value and abs(value) != float("inf") else None
+    if value is None or isinstance(value, (str, bool, int)):
+        return value
+    raise TypeError(f"event: expected JSON values, got {type(value).__name__}: {value!r}")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Force a rename to disk; without it a power cut may keep the old name."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

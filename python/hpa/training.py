@@ -1,0 +1,236 @@
+"""Fine-tune one task: LoRA through peft on the linear layers of the decoder, factors out, model unchanged.
+
+The update stays in its factors (METHOD 1.6).  Whoever wants the merged weight adds it once, in float32
+(:func:`merge_updates`), so the signal that an edit scores has never been through a storage dtype.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from hpa.calibration import LayerSpec, find_layers
+from hpa.data.scenario import Sample
+from hpa.layers import LowRankUpdate
+
+__all__ = ["Share", "TrainConfig", "TrainingError", "merge_updates", "sample_batches", "train_lora"]
+
+ADAPTER = "task"
+
+Share = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class TrainingError(RuntimeError):
+    """The training went wrong in a way that no later step can mend (a loss that is not a number)."""
+
+
+class TrainConfig(BaseModel):
+    """One LoRA training.  The defaults are those of a task at demo scale."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    steps: int = Field(default=60, ge=1, description="optimizer steps")
+    batch_size: int = Field(default=32, ge=1, description="samples a step")
+    learning_rate: float = Field(default=1e-3, gt=0.0, description="the peak, after warm-up")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="constant", description="after the warm-up; the last two end at 0"
+    )
+    warmup: Share = Field(default=0.0, description="share of the steps in which the learning rate rises linearly")
+    weight_decay: float = Field(default=0.0, ge=0.0)
+    betas: tuple[Share, Share] = (0.9, 0.999)
+    max_grad_norm: float | None = Field(
+        default=1.0, gt=0.0, description="clip the norm of all gradients together; null: never"
+    )
+    rank: int = Field(default=16, ge=1)
+    alpha: float | None = Field(
+        default=None, gt=0.0, description="lora_alpha: the update is alpha/rank * B A; null: 2 * rank"
+    )
+    dropout: Share = Field(default=0.0, description="dropout on the input of the LoRA factors")
+
+    @property
+    def lora_alpha(self) -> float:
+        """``alpha``, or twice the rank (the ratio of LLaVA's and SMoLoRA's scripts)."""
+        return 2.0 * self.rank if self.alpha is None else self.alpha
+
+    def learning_rate_at(self, step: int) -> float:
+        """The learning rate of 0-based ``step``."""
+        warm = math.ceil(self.warmup * self.steps)
+        if step < warm:
+            return self.learning_rate * (step + 1) / warm
+        if self.schedule == "constant":
+            return self.learning_rate
+        gone = (step - warm) / max(1, self.steps - warm)
+        return self.learning_rate * (
+            1.0 - gone if self.schedule == "linear" else 0.5 * (1.0 + math.cos(math.pi * gone))
+        )
+
+
+def train_lora(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    config: TrainConfig,
+    seed: int,
+    *,
+    layers: Sequence[LayerSpec] | None = None,
+    on_step: Callable[[int, float], None] | None = None,
+) -> dict[str, LowRankUpdate]:
+    """Fine-tune ``model`` by LoRA and return the update of every layer; the model comes back as it was.
+
+    The loss is the model's own (``model(**batch).loss``: mean cross-entropy over the tokens whose label is not -100,
+    the answers); optimizer AdamW.  The result is a function of the arguments alone: the factors and the dropout are
+    drawn from ``seed``, and the global random state is left as it was.
+
+    Args:
+        model: any ``transformers`` model that :func:`hpa.calibration.find_layers` knows.
+        batches: at least ``config.steps`` dictionaries of model arguments with ``labels``; moved to the model's device.
+        layers: what is trained; by default every linear layer of the decoder blocks.
+        on_step: called with (0-based step, loss) after each step.
+
+    Returns:
+        layer name to :class:`LowRankUpdate`, factors in float32 on the model's device.
+
+    Raises:
+        ValueError: no layer to train, a model that already carries an adapter, or too few batches.
+        TrainingError: a loss that is not finite.
+    """
+    from peft import LoraConfig, LoraModel
+    from peft.tuners.lora import LoraLayer
+
+    specs = list(find_layers(model) if layers is None else layers)
+    if not specs:
+        raise ValueError("layers: expected at least one linear layer to train, got none")
+    if any(isinstance(module, LoraLayer) for module in model.modules()):
+        raise ValueError(
+            "model: expected a model without adapters, got one with LoRA layers; merge or unload them first"
+        )
+
+    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    was_training = model.training
+    # A regular expression matches whole names; a list would also match every name that ends with one of its entries.
+    # peft types lora_alpha as int, yet only ever divides it.
+    lora = LoraConfig(
+        r=config.rank,
+        lora_alpha=config.lora_alpha,  # type: ignore[arg-type]
+        lora_dropout=config.dropout,
+        bias="none",
+        target_modules="|".join(re.escape(spec.name) for spec in specs),
+    )
+    with torch.random.fork_rng(devices=_rng_devices(model)):
+        torch.manual_seed(seed)
+        # The tuner itself, not get_peft_model: the model keeps its class and its forward, and nothing is looked up
+        # through a wrapper at every step.
+        tuner = LoraModel(model, {ADAPTER: lora}, ADAPTER)
+        try:
+            modules: dict[str, Any] = {spec.name: model.get_submodule(spec.name) for spec in specs}
+            _initialise(modules.values(), seed)
+            _optimise(model, batches, config, on_step)
+            return {name: _update_of(module) for name, module in modules.items()}
+        finally:
+            tuner.unload()
+            if hasattr(model, "peft_config"):
+                # Left behind by unload(); with it the next training would warn of a second adapter.
+                del model.peft_config
+            for name, parameter in model.named_parameters():
+                parameter.requires_grad_(trainable[name])
+            model.train(was_training)
+
+
+def merge_updates(model: nn.Module, updates: Mapping[str, LowRankUpdate]) -> None:
+    """Add each update to its layer's weight: formed and added in float32, rounded once to the weight's dtype."""
+    with torch.no_grad():
+        for name, update in updates.items():
+            weight = model.get_submodule(name).weight
+            assert isinstance(weight, Tensor)
+            weight.copy_(weight.float() + update.dense().to(weight.device))
+
+
+def sample_batches(
+    samples: Sequence[Sample],
+    collate: Callable[[Sequence[Sample]], Mapping[str, Tensor]],
+    *,
+    batch_size: int,
+    steps: int,
+    seed: int,
+) -> Iterator[Mapping[str, Tensor]]:
+    """``steps`` batches from shuffled passes over ``samples``; every pass in a new order, all drawn from ``seed``.
+
+    A pass runs into the next where ``batch_size`` does not divide it, so each sample is seen equally often (to one).
+    With fewer samples than ``batch_size`` a batch holds some twice.
+    """
+    if not samples:
+        raise ValueError("samples: expected at least one training sample, got none")
+    generator = np.random.default_rng(seed)
+    order = np.empty(0, dtype=np.int64)
+    for _ in range(steps):
+        while len(order) < batch_size:
+            order = np.concatenate([order, generator.permutation(len(samples))])
+        chosen, order = order[:batch_size], order[batch_size:]
+        yield collate([samples[int(index)] for index in chosen])
+
+
+def _optimise(
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Tensor]],
+    config: TrainConfig,
+    on_step: Callable[[int, float], None] | None,
+) -> None:
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    device = parameters[0].device
+    # The fused step is one call over all factors; one at a time, they cost more than the small model's backward pass.
+    optimizer = torch.optim.AdamW(
+        parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
+    )
+    # A model that can generate keeps keys and values for it; in training that is memory and copies for nothing.
+    options = {"use_cache": False} if hasattr(model, "generation_config") else {}
+    model.train()
+    taken = 0
+    for step, batch in zip(range(config.steps), batches, strict=False):
+        for group in optimizer.param_groups:
+            group["lr"] = config.learning_rate_at(step)
+        loss = model(**{key: value.to(device) for key, value in batch.items()}, **options).loss
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise TrainingError(
+                f"the loss is {value} at step {step + 1} of {config.steps}; try a smaller learning_rate"
+            )
+        loss.backward()
+        if config.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        taken = step + 1
+        if on_step is not None:
+            on_step(step, value)
+    if taken < config.steps:
+        raise ValueError(f"batches: expected at least {config.steps} (steps), got {taken}")
+
+
+def _initialise(modules: Iterable[Any], seed: int) -> None:
+    """A uniform in +-1/sqrt(cols), B zero: peft's own law, but drawn layer by layer from ``seed``."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for module in modules:
+            factor_a, factor_b = module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight
+            bound = 1.0 / math.sqrt(factor_a.shape[1])
+            factor_a.copy_((2.0 * torch.rand(factor_a.shape, generator=generator) - 1.0) * bound)
+            factor_b.zero_()
+
+
+def _update_of(module: Any) -> LowRankUpdate:
+    return LowRankUpdate(
+        A=module.lora_A[ADAPTER].weight.detach().float().clone(),
+        B=module.lora_B[ADAPTER].weight.detach().float().clone(),
+        scale=float(module.scaling[ADAPTER]),
+    )
+
+
+def _rng_devices(model: nn.Module) -> list[int]:
+    """CUDA devices of the model, whose generators dropout draws from."""
+    return sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})

@@ -1,0 +1,101 @@
+"""Which implementation runs, and what happens when the one that was asked for cannot."""
+
+from __future__ import annotations
+
+import sys
+from types import ModuleType
+
+import pytest
+import torch
+from kernel_cases import normal
+
+import hpa_ext
+from hpa_ext import backend, cpu
+
+
+@pytest.fixture
+def fresh_lookup() -> object:
+    """Forgets the module that was found, before and after the test."""
+    backend.extension.cache_clear()
+    yield
+    backend.extension.cache_clear()
+
+
+def test_the_device_decides_when_nothing_names_a_backend() -> None:
+    assert backend.automatic(torch.device("cpu")) == "cpu"
+    assert backend.automatic(torch.device("cuda", 1)) == "reference"
+    assert backend.select(None, torch.device("cpu")).merge_.__module__ == "hpa_ext.cpu"
+
+
+def test_the_environment_forces_a_backend_and_the_argument_goes_before_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HPA_BACKEND", "reference")
+    assert backend.select(None, torch.device("cpu")).merge_.__module__ == "hpa_ext.reference"
+    assert backend.select("cpu", torch.device("cpu")).merge_.__module__ == "hpa_ext.cpu"
+
+
+def test_an_unknown_backend_raises_and_says_who_named_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="^backend: expected one of 'cpu', 'reference', got 'cuda'"):
+        hpa_ext.change_statistics(torch.zeros(1, 1), torch.zeros(1, 1), backend="cuda")
+    monkeypatch.setenv("HPA_BACKEND", "triton")
+    with pytest.raises(ValueError, match="^HPA_BACKEND: expected one of .*, got 'triton'"):
+        hpa_ext.change_statistics(torch.zeros(1, 1), torch.zeros(1, 1))
+
+
+def test_a_backend_that_does_not_serve_the_device_raises() -> None:
+    with pytest.raises(ValueError, match="^backend: 'cpu' serves tensors on the CPU, got tensors on cuda:0"):
+        backend.select("cpu", torch.device("cuda", 0))
+
+
+def test_a_missing_module_raises_at_the_first_call_and_says_what_to_do(
+    monkeypatch: pytest.MonkeyPatch, fresh_lookup: object
+) -> None:
+    monkeypatch.setitem(sys.modules, "hpa_ext._cpu", None)
+    with pytest.raises(hpa_ext.BackendError, match=r"hpa_ext._cpu cannot be loaded .*`pip install \.`"):
+        hpa_ext.change_statistics(torch.zeros(1, 1), torch.zeros(1, 1))
+    assert hpa_ext.change_statistics(torch.zeros(1, 1), torch.ones(1, 1), backend="reference").change_norm_sq == 1
+
+
+@pytest.mark.parametrize(("version", "interface"), [("0.0.9", backend.INTERFACE), (hpa_ext.__version__, 0)])
+def test_a_module_of_another_version_is_refused(
+    monkeypatch: pytest.MonkeyPatch, fresh_lookup: object, version: str, interface: int
+) -> None:
+    stale = ModuleType("hpa_ext._cpu")
+    stale.__version__, stale.INTERFACE, stale.__file__ = version, interface, "/elsewhere/_cpu.so"
+    monkeypatch.setitem(sys.modules, "hpa_ext._cpu", stale)
+    with pytest.raises(hpa_ext.BackendError, match=rf"/elsewhere/_cpu.so is of version {version} \(interface"):
+        hpa_ext.change_statistics(torch.zeros(1, 1), torch.zeros(1, 1))
+
+
+def test_threads_follow_torch_unless_the_environment_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HPA_NUM_THREADS", raising=False)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        assert cpu.num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    monkeypatch.setenv("HPA_NUM_THREADS", "5")
+    assert cpu.num_threads() == 5
+    for wrong in ("0", "-1", "two"):
+        monkeypatch.setenv("HPA_NUM_THREADS", wrong)
+        with pytest.raises(ValueError, match="^HPA_NUM_THREADS: expected a positive whole number, got"):
+            hpa_ext.change_statistics(torch.zeros(1, 1), torch.zeros(1, 1))
+
+
+def test_instruction_sets_can_be_chosen_and_unknown_ones_raise(isa: str) -> None:
+    extension = backend.extension()
+    assert extension.isa() == isa
+    assert extension.available_isas()[0] == "baseline"
+    with pytest.raises(ValueError, match="^isa: expected one of 'baseline'.*, got 'avx1024'"):
+        extension.select_isa("avx1024")
+    assert extension.isa() == isa
+
+
+def test_calls_from_several_python_threads_do_not_disturb_each_other() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    before = [normal(200, 300, seed=i) for i in range(8)]
+    expected = [hpa_ext.change_statistics(b, b + 1).column_change for b in before]
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda b: hpa_ext.change_statistics(b, b + 1).column_change, before))
+    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))

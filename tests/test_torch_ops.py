@@ -1,0 +1,110 @@
+"""torch.compile sees operators: schemas hold, graphs stay whole, and compiled programs compute what eager ones do."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from kernel_cases import normal, orthonormal_rows, uniform
+from torch import Tensor
+
+import hpa_ext
+
+MASK = torch.tensor([True, False, True, False, False])
+
+
+def inputs() -> dict[str, Any]:
+    return {
+        "gram": torch.zeros(5, 5),
+        "full_gram": 2 * normal(9, 5).T @ normal(9, 5),
+        "x": normal(2, 3, 5),
+        "before": normal(4, 5, seed=1),
+        "after": normal(4, 5, seed=2),
+        "basis": orthonormal_rows(2, 5),
+        "scores": [uniform(5, seed=3), uniform(5, seed=4)],
+    }
+
+
+def use_all_that_stay_in_one_graph(t: dict[str, Any]) -> list[Tensor]:
+    gram = hpa_ext.accumulate_gram_(t["gram"] * 1, t["x"])
+    total = hpa_ext.accumulate_importance_(torch.zeros_like(t["after"]), t["after"])
+    totals = hpa_ext.accumulate_importance_([total * 1, total * 2], [t["after"], None], [t["before"], None], "taylor")
+    statistics = hpa_ext.change_statistics(t["before"], t["after"])
+    merged = hpa_ext.merge_(t["after"] * 1, t["before"], MASK, 0.25)
+    projected = hpa_ext.project_(t["after"] * 1, t["basis"])
+    parts = hpa_ext.project_([t["after"][0] * 1, t["after"][1] * 2], [t["basis"][:, :5], t["basis"] * 0])
+    diagonal = hpa_ext.inverse_diagonal(t["full_gram"])
+    return [gram, total, *totals, *statistics, merged, projected, *parts, diagonal + 1]
+
+
+def use_those_with_numbers(t: dict[str, Any]) -> list[Any]:
+    selection = hpa_ext.balanced_mask(*t["scores"], 2, 3, alpha_mode="abs")
+    vectors = t["after"] * 1
+    kept = hpa_ext.orthonormalize_(vectors, t["basis"])
+    info: dict[str, Any] = {}
+    diagonal = hpa_ext.inverse_diagonal(activations=t["x"][0], info=info)
+    return [*selection, kept, vectors + 0, diagonal, *info.items()]
+
+
+def same(left: list[Any], right: list[Any]) -> None:
+    assert len(left) == len(right)
+    for a, b in zip(left, right, strict=True):
+        if isinstance(a, Tensor):
+            assert torch.equal(a, b)
+        else:
+            assert type(a) is type(b)
+            assert a == b
+
+
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_a_compiled_program_is_one_graph_and_computes_the_same(compiler: str) -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(use_all_that_stay_in_one_graph, backend=compiler, fullgraph=True)
+    same(compiled(inputs()), use_all_that_stay_in_one_graph(inputs()))
+
+
+def test_functions_that_answer_with_numbers_end_a_graph_and_compute_the_same() -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(use_those_with_numbers, backend="aot_eager")
+    same(compiled(inputs()), use_those_with_numbers(inputs()))
+
+
+def test_in_place_functions_change_the_compiled_programs_inputs() -> None:
+    torch.compiler.reset()
+    weight = torch.nn.Parameter(normal(4, 5, seed=2))
+
+    def edit(weight: Tensor, before: Tensor) -> Tensor:
+        with torch.no_grad():
+            return hpa_ext.merge_(weight, before, MASK, 0.25)
+
+    expected = hpa_ext.merge_(normal(4, 5, seed=2), normal(4, 5, seed=1), MASK, 0.25)
+    assert torch.compile(edit, backend="aot_eager", fullgraph=True)(weight, normal(4, 5, seed=1)) is weight
+    assert torch.equal(weight, expected)
+
+
+def test_checks_still_run_in_a_compiled_program() -> None:
+    torch.compiler.reset()
+    compiled = torch.compile(lambda a, b: hpa_ext.merge_(a, b, MASK), backend="eager")
+    with pytest.raises(ValueError, match="before: expected the shape of after"):
+        compiled(torch.zeros(4, 5), torch.zeros(3, 5))
+
+
+CALLS: dict[str, Callable[[dict[str, Any]], tuple[Any, ...]]] = {
+    "accumulate_gram_": lambda t: (t["gram"], t["x"], 2.0, None),
+    "inverse_diagonal": lambda t: (t["full_gram"], 0.01, "exact", None, 2.0, None),
+    "accumulate_importance_": lambda t: ([torch.zeros(4, 5)], [t["after"]], [t["before"]], "taylor", None),
+    "change_statistics": lambda t: (t["before"], t["after"], None),
+    "balanced_mask": lambda t: (*t["scores"], 2, 3, [0.4, 0.8], "full", "affine", 1, "cap", "none", None),
+    "merge_": lambda t: (t["after"], t["before"], MASK, 0.5, None),
+    "project_": lambda t: (t["after"], t["basis"], 1, None),
+    "project_list_": lambda t: ([t["after"][0]], [t["basis"]], 1, None),
+    "orthonormalize_": lambda t: (t["after"], t["basis"], None, None),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_schemas_and_shapes_hold(name: str) -> None:
+    operator = getattr(torch.ops.hpa_ext, name).default
+    torch.library.opcheck(operator, CALLS[name](inputs()), test_utils=("test_schema", "test_faketensor"))
