@@ -15,6 +15,8 @@ export PIP_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --retries 10 --timeout 120
+# A variable, because a comma would end an argument of call.
+EVERYTHING := '.[demo,test,lint]'
 retry = for attempt in 1 2 3; do $(1) && break; test $$attempt -lt 3 || exit 1; \
 	echo "attempt $$attempt failed, trying again"; sleep 10; done
 
@@ -39,7 +41,7 @@ $(VENV)/.torch: constraints.txt | $(BIN)/python
 
 $(VENV)/.installed: $(SOURCES) | $(VENV)/.torch
 	@echo "building and installing hpa-ext"
-	@$(call retry,$(PIP_INSTALL) '.[demo,test,lint]')
+	@$(call retry,$(PIP_INSTALL) $(EVERYTHING))
 	@$(BIN)/python -m hpa_ext
 	@touch $@
 
@@ -66,7 +68,7 @@ bench: $(VENV)/.installed
 
 dev: | $(VENV)/.torch
 	@$(call retry,$(PIP_INSTALL) scikit-build-core pybind11 ninja cmake)
-	@$(call retry,$(PIP_INSTALL) --no-build-isolation --config-settings=cmake.define.HPA_WERROR=ON --editable '.[demo,test,lint]')
+	@$(call retry,$(PIP_INSTALL) --no-build-isolation --config-settings=cmake.define.HPA_WERROR=ON --editable $(EVERYTHING))
 	@$(BIN)/python -m hpa_ext
 
 clean:

@@ -138,7 +138,7 @@ class Unit:
     """What one process does in one go.
 
     Attributes:
-        id: the branch's id; for the others ``base model``, ``aligned:seed0`` or ``first:...:seed0``.
+        id: the branch's id; for the others ``base model``, ``aligned:seed0`` or ``first task of seed0 (...)``.
         kind: ``base`` judges the base model; ``align`` makes and judges the aligned model of a seed; ``first`` is a
             first training that several branches begin with; ``branch`` is a whole branch.
         seed: which seed it belongs to (any, for ``base``).
@@ -333,7 +333,7 @@ class Session:
             after = (aligned,) if aligned in waited_for else ()
             path = self._first_path(branch)
             if branch in sharing.get(path, []) and len(sharing[path]) > 1:
-                first = f"first:{path.stem}:seed{branch.seed}"
+                first = f"first task of seed{branch.seed} ({path.stem.removeprefix('first-')})"
                 if first not in waited_for:
                     waited_for.add(first)
                     units.append(Unit(first, "first", branch.seed, branch.id, after))
@@ -543,6 +543,7 @@ class Session:
         task = self.tasks[index]
         listener.progress(branch.id, f"{task} ({index + 1}/{len(self.tasks)}): edit", 0, 0)
         started = time.perf_counter()
+        anchored = getattr(method.config, "anchor", "prev") == "aligned"
         layers = edit_model(
             self.model,
             updates,
@@ -551,7 +552,7 @@ class Session:
             self._task_batches(branch, task, method),
             task_index=index,
             seed=derive_seed(branch.seed, task, "edit"),
-            aligned=self.aligned(branch.seed),
+            aligned=self.aligned(branch.seed) if anchored else None,
         )
         state = {f"model/{name}": weight for name, weight in self._weights().items()}
         state |= {f"method/{name}": tensor for name, tensor in method.state_dict().items()}
@@ -589,10 +590,6 @@ class Session:
         if self._model is None:
             self._model = model.eval()
             self._layers = list(find_layers(self._model))
-            if not self._layers:
-                raise RunFolderError(
-                    f"scenario {self.config.scenario!r}: its model has no linear layers in decoder blocks"
-                )
             self._base = {name: weight.clone() for name, weight in self._weights().items()}
 
     def aligned(self, seed: int) -> dict[str, Tensor]:
