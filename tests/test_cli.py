@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -109,7 +110,7 @@ def test_a_failed_branch_makes_the_exit_code_one_and_the_rest_is_done(hpa_comman
     assert code == 1
     assert out.count("Traceback") == 1  # one cause, told at length once
     assert "failed: bad/seqft/seed0: RuntimeError: these samples are broken" in err
-    assert "2 of 4 branches failed; the same command tries them again" in err
+    assert "2 of 4 branches are not finished; the same command tries them again" in err
     kinds = [json.loads(line)["event"] for line in (tmp_path / "out" / "events.jsonl").read_text().splitlines()]
     assert kinds.count("finished") == 2
 
@@ -275,11 +276,16 @@ def test_parallel_branches_stop_on_ctrl_c_survive_a_kill_and_end_with_the_same_r
             assert running.poll() is None, running.communicate()
             time.sleep(0.02)
 
-    # Ctrl-C in a terminal reaches every process of the group.
-    with started() as running:
-        wait_for(running, 1, "train")
-        os.killpg(running.pid, signal.SIGINT)
-        _, err = running.communicate()
+    # Ctrl-C in a terminal reaches every process of the group.  On a busy machine the run may be done before this test
+    # gets to press it: then once more.
+    for _ in range(3):
+        shutil.rmtree(tmp_path / "out", ignore_errors=True)
+        with started() as running:
+            wait_for(running, 1, "train")
+            os.killpg(running.pid, signal.SIGINT)
+            _, err = running.communicate()
+        if running.returncode != 0:
+            break
     assert running.returncode == 130, err
     assert "stopped; finished steps are kept" in err
     assert "Traceback" not in err

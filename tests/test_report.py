@@ -27,7 +27,7 @@ from rich.console import Console
 from hpa.evaluation import metrics
 from hpa.report import build_report, figure_for_readme, read_events, summary_table
 from hpa.report.events import Branch, Run, load_run
-from hpa.report.figures import LINES, drawn, styles_of
+from hpa.report.figures import LINES, drawn, safety_over_time, styles_of
 from hpa.report.layers import block_shares, layer_means
 from hpa.report.markup import Html, el, join, short_number
 from hpa.report.plot import nice_ticks, place, spread
@@ -449,12 +449,26 @@ def test_an_unfinished_sequence_is_named_and_left_out_of_the_means(tmp_path: Pat
     assert "HPA, clean: seed 1 has 1 of 3 tasks; not in the tables." in text
 
 
+def test_a_line_over_time_is_drawn_over_the_same_seeds_from_end_to_end(tmp_path: Path):
+    whole = make_events(seeds=(0, 1))
+    run = load_run(write_run(tmp_path / "a", cut_off(whole, "clean/HPA/seed1", 1)))
+    alone = load_run(write_run(tmp_path / "b", [e for e in whole if e.get("branch") != "clean/HPA/seed1"]))
+    told = [safety_over_time(r, "clean", styles_of(r), 500, 300, ["HPA"]) for r in (run, alone)]
+    lines = [re.findall(r'<path d="([^"]+)" class="curve', drawing) for drawing in told]
+    assert lines[0] == lines[1]
+    assert len(lines[0]) == 1
+
+
 def test_sequences_of_the_recipe_that_never_began_are_named(tmp_path: Path):
-    events = [e for e in make_events() if not str(e.get("branch")).startswith(("clean/HPA-LS", "clean/HPA/seed2"))]
+    events = [
+        e
+        for e in make_events()
+        if not str(e.get("branch")).startswith(("clean/HPA-LS", "clean/random", "clean/HPA/seed2"))
+    ]
     write_run(tmp_path, make_events())  # for its recipe
     write_run(tmp_path, events, recipe=False)
     gaps = missing(load_run(tmp_path))
-    assert gaps == ["HPA, clean: not started for seed 2.", "HPA-LS, clean: not started for seeds 0, 1 and 2."]
+    assert gaps == ["Not started in clean, seed 2: HPA.", "Not started in clean, seeds 0, 1 and 2: HPA-LS; random."]
 
 
 def test_the_error_of_a_failed_sequence_is_shown(tmp_path: Path):

@@ -70,6 +70,13 @@ def run_command(
 
     A run that was stopped, in whatever way, is continued by the same command.
     """
+    # Notes of transformers about defaults would tear the bars; workers inherit this.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Loading torch, transformers and peft takes seconds: say so before, not after.
+    if not quiet:
+        _err.print("loading ...", highlight=False)
+    from hpa.continual import plan_branches, run
+    from hpa.progress import Bars, Lines
     from hpa.recipe import load_recipe
 
     config = _narrowed(load_recipe(recipe, set_ or []), jobs, seeds, only)
@@ -77,14 +84,6 @@ def run_command(
     if plan:
         _show_plan(config, folder, cache)
         return
-
-    # Notes of transformers about defaults would tear the bars; workers inherit this.
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    # Loading torch, transformers and peft takes seconds: say so before, not after.
-    if not quiet:
-        _err.print("loading ...", highlight=False)
-    from hpa.continual import run
-    from hpa.progress import Bars, Lines
 
     listener = Lines() if quiet or not _err.is_terminal else Bars(_err)
     try:
@@ -100,9 +99,10 @@ def run_command(
         _err.print(f"failed: {failure.where}: {failure.error}", markup=False, style="bold red", soft_wrap=True)
         _err.print(f"  traceback: {failure.log}", markup=False, soft_wrap=True)
     if result.failures:
-        total = len(result.finished) + len(result.failures)
+        planned = len(plan_branches(config))
+        missing = planned - len(result.finished)
         _err.print(
-            f"{len(result.failures)} of {total} branches failed; the same command tries them again", highlight=False
+            f"{missing} of {planned} branches are not finished; the same command tries them again", highlight=False
         )
     if result.failures or not reported:
         raise typer.Exit(1)

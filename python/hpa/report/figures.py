@@ -477,7 +477,8 @@ def _small_panel(
 
 
 def _over_seeds(run: Run, group: Group, step: int, at: Callable[[Run, Branch, int], float]) -> Spread:
-    return Spread.of(at(run, branch, step) for branch in group.branches)
+    """Over the finished seeds, so that a line does not jump where one ends early; over all while none is finished."""
+    return Spread.of(at(run, branch, step) for branch in group.complete or group.unfinished)
 
 
 def _safety_at(run: Run, branch: Branch, step: int) -> float:

@@ -133,8 +133,8 @@ def missing(run: Run) -> list[str]:
                 gaps.append(
                     f"{group.label}, {condition}: {_sequence(begun, ', ')} of {tasks} tasks; not in the tables."
                 )
-    for (condition, label), seeds in _not_started(run).items():
-        gaps.append(f"{label}, {condition}: not started for {_listed('seed', seeds)}.")
+    for (condition, seeds), labels in _not_started(run).items():
+        gaps.append(f"Not started in {condition}, {_listed('seed', seeds)}: {'; '.join(labels)}.")
     for branch in run.branches:
         if not run.complete(branch) and (error := _last_error(run, branch)):
             gaps.append(f"{branch.label}, {branch.condition}, seed {branch.seed} stopped with an error: {error}")
@@ -153,8 +153,8 @@ def task_count(run: Run) -> str:
     return f"{_word(count)} {'task' if count == 1 else 'tasks'}"
 
 
-def _not_started(run: Run) -> dict[tuple[str, str], list[int]]:
-    """Seeds by condition and label that the recipe, or else the other rows, would have and that are not there."""
+def _not_started(run: Run) -> dict[tuple[str, tuple[int, ...]], list[str]]:
+    """What the recipe, or else the other rows, would have and is not there: labels by condition and seeds."""
     planned = run.planned or [
         (condition, group.label, seed)
         for condition in run.conditions
@@ -166,7 +166,10 @@ def _not_started(run: Run) -> dict[tuple[str, str], list[int]]:
     for condition, label, seed in planned:
         if (condition, label, seed) not in there:
             absent.setdefault((condition, label), []).append(seed)
-    return absent
+    gathered: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+    for (condition, label), seeds in absent.items():
+        gathered.setdefault((condition, tuple(seeds)), []).append(label)
+    return gathered
 
 
 def _last_error(run: Run, branch: Branch) -> str | None:
