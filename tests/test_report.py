@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import math
+import os
 import re
 import shutil
 import subprocess
@@ -760,7 +761,10 @@ def browse(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess
     """Open a page in headless Chromium and return its document (stdout) and its log (stderr)."""
     program = _chromium()
     if program is None:
-        pytest.skip("no Chromium found on PATH (chromium, chromium-browser, google-chrome, chrome)")
+        missing = "no Chromium found on PATH (chromium, chromium-browser, google-chrome, chrome)"
+        if os.environ.get("HPA_REQUIRE_BROWSER"):
+            pytest.fail(missing)
+        pytest.skip(missing)
 
     def run(page: Path, width: int, *flags: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
