@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -249,12 +248,13 @@ finally:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # five program starts: seconds each on an idle machine, not on a busy one
+@pytest.mark.timeout(900)  # four program starts: seconds each on an idle machine, not on a busy one
 def test_parallel_branches_stop_on_ctrl_c_survive_a_kill_and_end_with_the_same_result(
     hpa_command: Hpa, tmp_path: Path
 ) -> None:
-    path = written(tmp_path, training={**TINY["training"], "steps": 200})  # long enough to be caught at work
-    assert hpa_command("run", path, "-o", "alone", "-q")[0] == 0
+    gate = tmp_path / "gate"
+    path = written(tmp_path, scenario_options={"gate": str(gate)})
+    assert hpa_command("run", path, "-o", "alone", "-q")[0] == 0  # one process, and the gate is open
     environment = os.environ | {
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": os.pathsep.join(entry for entry in sys.path if entry),
@@ -270,38 +270,43 @@ def test_parallel_branches_stop_on_ctrl_c_survive_a_kill_and_end_with_the_same_r
             finally:
                 running.kill()
 
-    def wait_for(running: subprocess.Popen[str], count: int, kind: str) -> None:
-        log = tmp_path / "out" / "events.jsonl"
-        while not log.exists() or log.read_text().count(f'"event":"{kind}"') < count:
+    def wait_at_gate(running: subprocess.Popen[str]) -> None:
+        """Until both branches, each in a worker of its own, are in the middle of their work."""
+        while len(list(tmp_path.glob("gate.*"))) < 2:
             assert running.poll() is None, running.communicate()
             time.sleep(0.02)
+        for sign in tmp_path.glob("gate.*"):
+            sign.unlink()
 
-    # Ctrl-C in a terminal reaches every process of the group.  On a busy machine the run may be done before this test
-    # gets to press it: then once more.
-    for _ in range(3):
-        shutil.rmtree(tmp_path / "out", ignore_errors=True)
-        with started() as running:
-            wait_for(running, 1, "train")
-            os.killpg(running.pid, signal.SIGINT)
-            _, err = running.communicate()
-        if running.returncode != 0:
-            break
+    def wait_until_gone(group: int) -> None:
+        deadline = time.monotonic() + 60
+        while _alive(group) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not _alive(group), "workers outlive their parent"
+        for sign in tmp_path.glob("gate.*"):
+            sign.unlink()
+
+    gate.touch()
+    # Ctrl-C in a terminal reaches every process of the group.
+    with started() as running:
+        wait_at_gate(running)
+        os.killpg(running.pid, signal.SIGINT)
+        _, err = running.communicate()
     assert running.returncode == 130, err
     assert "stopped; finished steps are kept" in err
     assert "Traceback" not in err
     assert "python -m hpa run" in err
     assert "-j 2" in err
+    wait_until_gone(running.pid)
 
     with started() as running:
-        wait_for(running, 2, "edit")
+        wait_at_gate(running)
         running.kill()
         running.communicate()
     assert running.returncode == -9
-    deadline = time.monotonic() + 60
-    while _alive(running.pid) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not _alive(running.pid), "workers outlive their parent"
+    wait_until_gone(running.pid)
 
+    gate.unlink()
     with started() as running:
         out, err = running.communicate()
     assert running.returncode == 0, err

@@ -118,9 +118,11 @@ class TestOfEachBackend:
         assert torch.equal(vectors[:3], torch.eye(3, 8))
 
     def test_more_rows_than_dimensions_keep_as_many_as_there_are_dimensions(self, backend: str) -> None:
-        vectors = normal(30, 12)
-        assert hpa_ext.orthonormalize_(vectors, backend=backend) == 12
-        assert loss(vectors[:12]) < 16 * 2.0**-24
+        # With rtol 0 it is the second sweep alone that tells what is left of row 13 from a direction.
+        for rtol in (None, 0.0):
+            vectors = normal(30, 12)
+            assert hpa_ext.orthonormalize_(vectors, rtol=rtol, backend=backend) == 12
+            assert loss(vectors[:12]) < 16 * 2.0**-24
 
     def test_empty_and_single(self, backend: str) -> None:
         assert hpa_ext.orthonormalize_(torch.zeros(0, 5), backend=backend) == 0
@@ -163,7 +165,8 @@ def test_bit_reproducible_for_any_number_of_threads(threads) -> None:
     for count in (1, 2, 3):
         threads(count)
         vectors = normal(10, 140_000)
-        hpa_ext.orthonormalize_(vectors)
+        assert hpa_ext.orthonormalize_(vectors) == 10
+        assert loss(vectors) < 16 * 2.0**-24
         results.append(vectors)
     assert torch.equal(results[0], results[1])
     assert torch.equal(results[0], results[2])

@@ -7,6 +7,7 @@ Every task maps ten things to ten answers by a table of its own, so tasks overwr
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -56,7 +57,11 @@ def model_config() -> LlamaConfig:
 
 
 class TinyScenario:
-    """``broken``: name of a task whose training data cannot be made, for tests of a branch that fails."""
+    """
+    Args:
+        broken: harmful fraction at which training data cannot be made, for tests of a branch that fails.
+        gate: while this file exists, the second task waits, and leaves ``<gate>.<process id>`` as a sign that it does.
+    """
 
     name = "tiny"
     tasks = ("first", "second", "third")
@@ -64,8 +69,9 @@ class TinyScenario:
     safety_sets = ("plain", "rough")
     benign_sets = ("drawing",)
 
-    def __init__(self, broken: float | None = None) -> None:
+    def __init__(self, broken: float | None = None, gate: str | None = None) -> None:
         self.broken = broken
+        self.gate = gate
 
     def base_model(self, cache: Path, *, seed: int) -> torch.nn.Module:
         with torch.random.fork_rng(devices=[]):
@@ -98,6 +104,9 @@ class TinyScenario:
     def train(self, task: str, *, seed: int, samples: int, harmful_fraction: float = 0.0) -> list[Sample]:
         if self.broken is not None and harmful_fraction == self.broken:
             raise RuntimeError("these samples are broken")
+        while self.gate is not None and task == "second" and Path(self.gate).exists():
+            Path(f"{self.gate}.{os.getpid()}").touch()
+            time.sleep(0.02)
         table = self._table(task)
         chosen = np.random.default_rng(seed).integers(len(table), size=samples)
         mixed = [table[index] for index in chosen]

@@ -1,7 +1,6 @@
 """Muon: momentum whose matrices are orthogonalised (Jordan et al., 2024), the optimizer of the demo's base model.
 
-At this size it reaches in 300 steps what AdamW does not reach in 1,000.  Matrices of one shape are orthogonalised in
-one batched product, in float32: on a CPU that is several times faster than one matrix after another in bfloat16.
+Matrices of one shape are orthogonalised in one batched product, in float32.
 """
 
 from __future__ import annotations

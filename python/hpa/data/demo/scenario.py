@@ -207,9 +207,10 @@ class DemoScenario:
 
 @contextmanager
 def _all_cores() -> Iterator[None]:
-    """Let torch use every core that this process may run on."""
+    """Let torch use every core that this process may run on, unless ``OMP_NUM_THREADS`` has settled the number."""
     before = torch.get_num_threads()
-    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     try:
         yield
     finally:
