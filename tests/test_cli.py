@@ -220,7 +220,7 @@ def test_info_names_versions_machine_and_what_there_is(hpa_command: Hpa) -> None
         "peft",
         "core",
         "demo",
-        "vlguard (",
+        "demo (",
         "exact",
     ):
         assert word in out

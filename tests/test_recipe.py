@@ -80,7 +80,7 @@ def test_a_short_recipe_is_filled_with_defaults() -> None:
         ),
         (
             {"evaluation": {"judge": "gpt"}},
-            r"evaluation.judge: judge: expected one of demo, vlguard, qi2023, got 'gpt'",
+            r"evaluation.judge: judge: expected one of demo, got 'gpt'",
         ),
         ({"evaluation": {"scorers": {"photo": "cider"}}}, r"evaluation.scorers: scorer: expected one of contains_word"),
         ({"jobs": 0}, r"jobs: .*greater than or equal to 1"),
