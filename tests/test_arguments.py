@@ -10,6 +10,7 @@ import pytest
 import torch
 from kernel_cases import normal, orthonormal_rows, uniform
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 import hpa_ext
 from hpa_ext import backend as backends
@@ -183,6 +184,13 @@ def test_read_only_arrays_are_fine_where_nothing_is_written(backend: str) -> Non
     from_torch = hpa_ext.change_statistics(torch.tensor(before), torch.tensor(after), backend=backend)
     assert torch.equal(from_numpy.column_change, from_torch.column_change)
     assert from_numpy.dot == from_torch.dot
+
+
+def test_tensors_that_only_stand_for_others_are_refused_by_name() -> None:
+    with FakeTensorMode():
+        fake = torch.zeros(2, 2)
+    with pytest.raises(TypeError, match="^before: expected a plain tensor, got FakeTensor"):
+        hpa_ext.change_statistics(fake, torch.zeros(2, 2))
 
 
 def test_reversed_numpy_views_are_refused_by_name() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -16,10 +17,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from rich.console import Console
 
 import hpa.continual
 from hpa import cli
-from hpa.progress import TimeLeft, describe, duration
+from hpa.continual import Failure
+from hpa.progress import Bars, TimeLeft, describe, duration
 
 TINY: dict[str, Any] = {
     "name": "tiny",
@@ -352,6 +355,33 @@ def test_time_left_adds_what_steps_took_and_shares_branches_among_workers(monkey
     monkeypatch.setattr("hpa.progress.time.monotonic", lambda: 105.0)
     assert left.seconds() == pytest.approx((10 + 4 + 2 * 10 + 8) / 2 - 5)
     assert left.done == 4
+
+
+def test_bars_show_where_the_work_is_and_how_long_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [100.0]
+    monkeypatch.setattr("hpa.progress.time.monotonic", lambda: clock[0])
+    screen = io.StringIO()
+    with Bars(Console(file=screen, force_terminal=True, width=120)) as bars:
+        bars.expect([("a/b/seed0", "train", 0), ("a/b/seed0", "train", 1)], 1)
+        bars.progress("a/b/seed0", "photo: training", 0, 60)
+        clock[0] += 10.0
+        bars.progress("a/b/seed0", "photo: training", 20, 60)
+        bars._progress.refresh()
+        shown = screen.getvalue()
+        assert "a/b/seed0  photo: training" in shown
+        assert "20/60" in shown
+        assert "20 s left" in shown  # 10 s for 20 steps, 40 to go
+        assert "time left not known yet" in shown
+        bars.event(
+            {"event": "train", "task_index": 0, "seconds": 30.0, "branch": "x", "task": "photo", "steps": 1, "loss": 1}
+        )
+        bars.failed(Failure("a/b/seed0", "ValueError: no", "Traceback: no", Path("error.txt")))
+        bars.ended("a/b/seed0")
+        bars._progress.refresh()
+    last = screen.getvalue()[len(shown) :]
+    assert "1/2" in last
+    assert "30 s left" in last
+    assert "FAILED a/b/seed0: ValueError: no" in last
 
 
 def test_a_step_is_told_in_one_line() -> None:

@@ -6,6 +6,7 @@ import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Sequence
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, TextIO
 
@@ -116,6 +117,15 @@ class Lines:
         print(time.strftime("%H:%M:%S"), text, file=self._stream, flush=True)
 
 
+@dataclass
+class _Place:
+    """A line of the display: whose it is, what is done there, and since when."""
+
+    task: TaskID
+    what: str
+    since: float
+
+
 class Bars:
     """A bar over all branches with the time left, and a line for each branch that is being worked on."""
 
@@ -133,7 +143,7 @@ class Bars:
         )
         self._told: set[str] = set()
         self._all: TaskID | None = None
-        self._places: dict[str, TaskID] = {}
+        self._places: dict[str, _Place] = {}
 
     def __enter__(self) -> Bars:
         self._progress.start()
@@ -153,11 +163,19 @@ class Bars:
         self._progress.console.print(text, markup=False, highlight=False)
 
     def progress(self, where: str, what: str, done: int, total: int) -> None:
+        text = f"{where}  {what}"
         place = self._places.get(where)
         if place is None:
-            place = self._places[where] = self._progress.add_task("", total=None, count="", note="")
-        count = f"{done}/{total}" if total else ""
-        self._progress.update(place, description=f"{where}  {what}", completed=done, total=total or None, count=count)
+            task = self._progress.add_task(text, total=None, count="", note="")
+            place = self._places[where] = _Place(task, what, time.monotonic())
+        if place.what != what:
+            place.what, place.since = what, time.monotonic()
+        count, note = "", ""
+        if total:
+            count = f"{done}/{total}"
+            left = (time.monotonic() - place.since) * (total - done) / max(1, done)
+            note = f"{duration(left)} left" if done else ""
+        self._progress.update(place.task, description=text, completed=done, total=total or None, count=count, note=note)
         self._refresh()
 
     def event(self, event: Event) -> None:
@@ -170,7 +188,7 @@ class Bars:
     def ended(self, where: str) -> None:
         place = self._places.pop(where, None)
         if place is not None:
-            self._progress.remove_task(place)
+            self._progress.remove_task(place.task)
 
     def failed(self, failure: Failure) -> None:
         self._progress.console.print(f"FAILED {failure.where}: {failure.error}", markup=False, style="bold red")
