@@ -30,7 +30,7 @@ def describe() -> list[tuple[str, str]]:
         lines += [
             ("compiled module", str(module.__file__)),
             ("built with", f"{build['compiler']}, {build['build_type']} ({build['flags']})"),
-            ("OpenMP", build["openmp"]),
+            ("OpenMP", f"{build['openmp']}; in use: {module.thread_runtime()}"),
             ("CUDA", build["cuda"]),
             ("instruction sets", f"{', '.join(module.available_isas())}; in use: {module.isa()} (HPA_ISA)"),
             ("threads", f"{cpu.num_threads()} (HPA_NUM_THREADS, else torch's setting)"),

@@ -10,10 +10,7 @@
 #include "dlpack_arg.h"
 #include "hpa/kernels.h"
 #include "isa/isa.h"
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
+#include "parallel.h"
 
 namespace hpa::bindings {
 namespace {
@@ -161,14 +158,6 @@ py::dict build_info() {
   return info;
 }
 
-int max_threads() {
-#ifdef _OPENMP
-  return omp_get_num_procs();
-#else
-  return 1;
-#endif
-}
-
 }  // namespace
 }  // namespace hpa::bindings
 
@@ -178,7 +167,8 @@ PYBIND11_MODULE(_cpu, module) {
   module.attr("__version__") = HPA_VERSION;
   module.attr("INTERFACE") = kInterface;
   module.def("build_info", &build_info, "What the module was built with.");
-  module.def("max_threads", &max_threads, "Threads that this process may run on (1 without OpenMP).");
+  module.def("max_threads", &hpa::parallel::max_threads, "Threads that this process may run on (1 without OpenMP).");
+  module.def("thread_runtime", &hpa::parallel::runtime, "OpenMP runtime in use: process, a file name, or none.");
   module.def("isa", [] { return hpa::isa::active().name; }, "Instruction set in use.");
   module.def("available_isas", &hpa::isa::available, "Instruction sets that this machine can run, slowest first.");
   module.def("select_isa", &hpa::isa::select, "Switches the instruction set for the whole process.");

@@ -285,7 +285,7 @@ InverseDiagonalResult low_rank(const TensorView& out, const MatrixView& x, doubl
   if (result.status != FactorStatus::ok) return result;
 
   const std::int64_t strip = kStripPanels * p, strips = ceil_div(cols, strip);
-  threads = std::min<int>(useful_threads(tokens * tokens * cols, kGrain, threads), static_cast<int>(strips));
+  threads = useful_threads(tokens * tokens * cols, kGrain, threads);
   Buffer<double> norms(strips * strip);
   Buffer<double> rest(threads * tokens * strip);
   Buffer<double> lanes(threads * kStripPanels * kBlock * p);

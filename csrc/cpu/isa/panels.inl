@@ -1,0 +1,108 @@
+// Dense algebra on packed panels (accumulate_gram_, inverse_diagonal, project_ with many vectors).  Part of
+// kernels.inl, which says how.
+
+// ---- Panels ----
+
+constexpr int kAcross = HPA_TILE_VECTORS;
+constexpr int kDown = HPA_TILE_ROWS;
+template <class T>
+constexpr std::int64_t kPanel = kAcross * Vector<T>::width;
+
+// kDown rows of one panel times the whole of the other, summed over depth in registers.  Each element is one chain of
+// multiply-adds in the order of depth: its value does not depend on where it stands in a tile.
+template <class T>
+HPA_INLINE void tile(std::int64_t depth, const T* a, const T* b, V<T> sum[kDown][kAcross]) {
+  constexpr std::int64_t p = kPanel<T>;
+  for (int i = 0; i < kDown; ++i)
+    for (int v = 0; v < kAcross; ++v) sum[i][v] = V<T>{};
+  for (std::int64_t d = 0; d < depth; ++d, a += p, b += p) {
+    V<T> across[kAcross];
+#pragma GCC unroll 8
+    for (int v = 0; v < kAcross; ++v) across[v] = read(b + v * Vector<T>::width);
+#pragma GCC unroll 16
+    for (int i = 0; i < kDown; ++i) {
+      const V<T> down = spread(a[i]);
+#pragma GCC unroll 8
+      for (int v = 0; v < kAcross; ++v) sum[i][v] += down * across[v];
+    }
+  }
+}
+
+template <class T>
+void update(std::int64_t depth, const T* a, const T* b, T alpha, std::int64_t rows, std::int64_t cols,
+            std::int64_t reach, T* c, std::int64_t stride) {
+  constexpr std::int64_t p = kPanel<T>, w = Vector<T>::width;
+  static_assert(p % kDown == 0);
+  for (std::int64_t top = 0; top < rows; top += kDown) {
+    V<T> sum[kDown][kAcross];
+    tile<T>(depth, a + top, b, sum);
+    if (top + kDown <= rows && cols == p && top + reach >= p - 1) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kDown; ++i) {
+        T* row = c + (top + i) * stride;
+#pragma GCC unroll 8
+        for (int v = 0; v < kAcross; ++v) write(row + v * w, read(row + v * w) + spread(alpha) * sum[i][v]);
+      }
+      continue;
+    }
+    alignas(64) T values[kDown * p];
+    for (int i = 0; i < kDown; ++i)
+      for (int v = 0; v < kAcross; ++v) write(values + i * p + v * w, sum[i][v]);
+    for (std::int64_t i = 0; i < kDown && top + i < rows; ++i) {
+      const std::int64_t last = top + i + reach;
+      for (std::int64_t j = 0; j < cols && j <= last; ++j) c[(top + i) * stride + j] += alpha * values[i * p + j];
+    }
+  }
+}
+
+// Four rows of the factor at a time, so that the sums over earlier rows are independent chains.
+template <class T>
+void solve(std::int64_t depth, const T* factor, std::int64_t stride, T* lanes) {
+  constexpr std::int64_t p = kPanel<T>, w = Vector<T>::width;
+  constexpr int kRows = 4;
+  std::int64_t top = 0;
+  for (; top + kRows <= depth; top += kRows) {
+    const T* l = factor + top * stride;
+    V<T> sum[kRows][kAcross];
+    for (int i = 0; i < kRows; ++i)
+      for (int v = 0; v < kAcross; ++v) sum[i][v] = read(lanes + (top + i) * p + v * w);
+    for (std::int64_t d = 0; d < top; ++d) {
+      V<T> known[kAcross];
+#pragma GCC unroll 8
+      for (int v = 0; v < kAcross; ++v) known[v] = read(lanes + d * p + v * w);
+#pragma GCC unroll 4
+      for (int i = 0; i < kRows; ++i) {
+        const V<T> element = spread(l[i * stride + d]);
+#pragma GCC unroll 8
+        for (int v = 0; v < kAcross; ++v) sum[i][v] -= element * known[v];
+      }
+    }
+    for (int i = 0; i < kRows; ++i) {
+      for (int k = 0; k < i; ++k) {
+        const V<T> element = spread(l[i * stride + top + k]);
+        for (int v = 0; v < kAcross; ++v) sum[i][v] -= element * sum[k][v];
+      }
+      const V<T> pivot = spread(l[i * stride + top + i]);
+      for (int v = 0; v < kAcross; ++v) {
+        sum[i][v] /= pivot;
+        write(lanes + (top + i) * p + v * w, sum[i][v]);
+      }
+    }
+  }
+  for (; top < depth; ++top) {
+    const T* l = factor + top * stride;
+    for (int v = 0; v < kAcross; ++v) {
+      V<T> sum = read(lanes + top * p + v * w);
+      for (std::int64_t d = 0; d < top; ++d) sum -= spread(l[d]) * read(lanes + d * p + v * w);
+      write(lanes + top * p + v * w, sum / spread(l[top]));
+    }
+  }
+}
+
+template <class T>
+void add_lane_squares(std::int64_t depth, const T* __restrict lanes, double* __restrict sums) {
+  for (std::int64_t d = 0; d < depth; ++d) {
+    const T* __restrict row = lanes + d * kPanel<T>;
+    for (std::int64_t j = 0; j < kPanel<T>; ++j) sums[j] += static_cast<double>(row[j]) * static_cast<double>(row[j]);
+  }
+}

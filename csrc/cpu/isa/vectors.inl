@@ -1,0 +1,88 @@
+// Vectors, dot products and linear combinations of long vectors (project_, orthonormalize_, the factorisation of a
+// diagonal block).  Part of kernels.inl, which says how.
+
+// ---- Vectors ----
+
+template <class T>
+struct Vector {
+  static constexpr std::int64_t width = HPA_VECTOR_BYTES / sizeof(T);
+  typedef T type __attribute__((vector_size(HPA_VECTOR_BYTES)));
+  typedef T loose __attribute__((vector_size(HPA_VECTOR_BYTES), aligned(alignof(T)), may_alias));
+};
+template <class T>
+using V = typename Vector<T>::type;
+
+template <class T>
+HPA_INLINE V<T> read(const T* from) {
+  return *reinterpret_cast<const typename Vector<T>::loose*>(from);
+}
+template <class T>
+HPA_INLINE void write(T* to, V<T> value) {
+  *reinterpret_cast<typename Vector<T>::loose*>(to) = value;
+}
+template <class T>
+HPA_INLINE V<T> spread(T value) {
+  return V<T>{} + value;
+}
+template <class T>
+HPA_INLINE double lanes_sum(V<T> value) {
+  double sum = 0;
+  for (std::int64_t i = 0; i < Vector<T>::width; ++i) sum += static_cast<double>(value[i]);
+  return sum;
+}
+
+template <class T>
+double dot(const T* a, const T* b, std::int64_t count) {
+  constexpr std::int64_t w = Vector<T>::width;
+  V<T> sum0{}, sum1{}, sum2{}, sum3{};
+  std::int64_t i = 0;
+  for (; i + 4 * w <= count; i += 4 * w) {
+    sum0 += read(a + i) * read(b + i);
+    sum1 += read(a + i + w) * read(b + i + w);
+    sum2 += read(a + i + 2 * w) * read(b + i + 2 * w);
+    sum3 += read(a + i + 3 * w) * read(b + i + 3 * w);
+  }
+  for (; i + w <= count; i += w) sum0 += read(a + i) * read(b + i);
+  double tail = 0;
+  for (; i < count; ++i) tail += static_cast<double>(a[i]) * static_cast<double>(b[i]);
+  return lanes_sum<T>((sum0 + sum1) + (sum2 + sum3)) + tail;
+}
+
+template <class T>
+void dot4(const T* const a[4], const T* b, std::int64_t count, double out[4]) {
+  constexpr std::int64_t w = Vector<T>::width;
+  V<T> sum[4][2] = {};
+  std::int64_t i = 0;
+  for (; i + 2 * w <= count; i += 2 * w) {
+    const V<T> b0 = read(b + i);
+    const V<T> b1 = read(b + i + w);
+    for (int r = 0; r < 4; ++r) {
+      sum[r][0] += read(a[r] + i) * b0;
+      sum[r][1] += read(a[r] + i + w) * b1;
+    }
+  }
+  for (int r = 0; r < 4; ++r) {
+    double tail = 0;
+    for (std::int64_t j = i; j < count; ++j) tail += static_cast<double>(a[r][j]) * static_cast<double>(b[j]);
+    out[r] = lanes_sum<T>(sum[r][0] + sum[r][1]) + tail;
+  }
+}
+
+template <class T>
+void subtract4(const T factor[4], const T* const x[4], std::int64_t count, T* y) {
+  constexpr std::int64_t w = Vector<T>::width;
+  const T f0 = factor[0], f1 = factor[1], f2 = factor[2], f3 = factor[3];
+  const T *x0 = x[0], *x1 = x[1], *x2 = x[2], *x3 = x[3];
+  std::int64_t i = 0;
+  for (; i + w <= count; i += w) {
+    const V<T> one = spread(f0) * read(x0 + i) + spread(f1) * read(x1 + i);
+    const V<T> two = spread(f2) * read(x2 + i) + spread(f3) * read(x3 + i);
+    write(y + i, read(y + i) - (one + two));
+  }
+  for (; i < count; ++i) y[i] -= (f0 * x0[i] + f1 * x1[i]) + (f2 * x2[i] + f3 * x3[i]);
+}
+
+template <class T>
+void scale(double factor, std::int64_t count, T* x) {
+  for (std::int64_t i = 0; i < count; ++i) x[i] = static_cast<T>(factor * static_cast<double>(x[i]));
+}
