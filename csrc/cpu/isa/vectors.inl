@@ -20,9 +20,10 @@ template <class T>
 HPA_INLINE void write(T* to, V<T> value) {
   *reinterpret_cast<typename Vector<T>::loose*>(to) = value;
 }
+// `value - 0` is `value`, so the compiler leaves the subtraction out; `0 + value` it would have to compute, for -0.
 template <class T>
 HPA_INLINE V<T> spread(T value) {
-  return V<T>{} + value;
+  return value - V<T>{};
 }
 template <class T>
 HPA_INLINE double lanes_sum(V<T> value) {
