@@ -1,9 +1,9 @@
 // gram[i, j] += scale * sum_t x[t, i] x[t, j],  j <= i                     gram [cols, cols], x [tokens, cols]
 //
 // Arithmetic   in the dtype of gram (float32, float64); x is widened while it is packed.  A product of two bfloat16 or
-//              float16 values is exact in float32.  256 tokens are summed in registers, four such sums in scratch, and
-//              those are scaled and added to gram: rounding grows with 260 + tokens / 1024 terms, not with tokens.  The
-//              scale is applied to sums, so that bfloat16 activations are not rounded a second time.
+//              float16 values is exact in float32.  At most 256 tokens are summed in registers, these sums in scratch up
+//              to 1024 tokens, and those are scaled and added to gram: rounding grows with 260 + tokens / 1024 terms, not
+//              with tokens.  The scale is applied to sums, so that bfloat16 activations are not rounded a second time.
 // Bytes moved  x once (minimum: once).  The lower half of gram is read and written once for each 1024 tokens (minimum:
 //              once a call); at 4096 columns that is 64 MB beside 8.6 billion multiply-adds.
 // Scratch      1024 * cols of packed x.

@@ -24,6 +24,9 @@ inline constexpr std::int64_t kStack = 4;
 
 inline constexpr std::int64_t kPackRows = 8;
 
+// Side of the largest block of a product: its panels and its sums take 150 to 200 KB each of a second-level cache.
+inline constexpr std::int64_t kBlockBytes = 768;
+
 constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 // Packs lanes [first, first + panel) and depths [depth_start, depth_start + depth) of `source`, a matrix [lanes,
@@ -57,43 +60,56 @@ void pack_panel(const isa::Kernels<T>& kernels, const MatrixView& source, std::i
 }
 
 // Lower triangle of C += alpha * A A^T from row `first_row` and column `first_col` on (multiples of the panel), A packed
-// in `panels` with `depth` and n lanes.  Blocks of panels are tasks; every element has one owner and one order of sums.
+// in `panels` with `depth` and n lanes.  Square blocks of C are tasks; every element has one owner and one order of sums.
+//
+// A task goes through the depth in steps of kernels.depth.  In a step one panel stays in the first-level cache while
+// all panels of the block's rows, which stay in the second-level cache, are multiplied with it: two panels are fetched
+// from further away for each `block` products.  Sums of all steps but the last wait in scratch, so that C, which comes
+// from memory, is read and written once a call.
 template <class T>
 void add_symmetric_product(const isa::Kernels<T>& kernels, const T* panels, std::int64_t depth, std::int64_t n,
                            std::int64_t first_row, std::int64_t first_col, T alpha, const MatrixView& c, int threads) {
   const std::int64_t p = kernels.panel;
   const std::int64_t count = ceil_div(n, p), row_panel = first_row / p, col_panel = first_col / p;
   if (row_panel >= count) return;
-  // Square blocks of at most four panels: what one task reads stays in the second-level cache.
-  const std::int64_t block = std::clamp<std::int64_t>(count / 8, 1, 4);
+  const std::int64_t largest = kBlockBytes / static_cast<std::int64_t>(sizeof(T)) / p;
+  const std::int64_t block = std::clamp<std::int64_t>(count / 8, 1, largest);
   const std::int64_t row_blocks = ceil_div(count - row_panel, block);
   const std::int64_t col_blocks = ceil_div(count - col_panel, block);
-  const bool direct = c.col_stride == 1 && depth <= kDepth;
-  Buffer<T> scratch(direct ? 0 : threads * p * p);
+  const bool adjacent = c.col_stride == 1;
+  const bool carries = !adjacent || depth > kernels.depth;
+  Buffer<T> scratch(carries ? threads * block * block * p * p : 0);
 
   parallel_for(row_blocks * col_blocks, threads, [&](std::int64_t task, int thread) {
     // Long rows first: the last tasks are short ones.
     const std::int64_t row_block = row_blocks - 1 - task / col_blocks, col_block = task % col_blocks;
     const std::int64_t i0 = row_panel + row_block * block, i1 = std::min(i0 + block, count);
     const std::int64_t j0 = col_panel + col_block * block, j1 = std::min(j0 + block, count);
+    for (std::int64_t start = 0; start < depth; start += kernels.depth) {
+      const std::int64_t step = std::min(kernels.depth, depth - start);
+      for (std::int64_t j = j0; j < j1; ++j) {
+        for (std::int64_t i = std::max(i0, j); i < i1; ++i) {
+          const std::int64_t rows = std::min(p, n - i * p), cols = std::min(p, n - j * p);
+          const T *a = panels + (i * depth + start) * p, *b = panels + (j * depth + start) * p;
+          T* carry = scratch.data() + ((thread * block + j - j0) * block + i - i0) * p * p;
+          if (adjacent && start + step == depth) {
+            kernels.finish(step, a, b, alpha, rows, cols, (i - j) * p, start > 0 ? carry : nullptr,
+                           static_cast<T*>(c.at(i * p, j * p)), c.row_stride);
+          } else {
+            if (start == 0) std::fill(carry, carry + p * p, T(0));
+            kernels.update(step, a, b, T(1), p, p, p, carry, p);
+          }
+        }
+      }
+    }
+    if (adjacent) return;
     for (std::int64_t j = j0; j < j1; ++j) {
       for (std::int64_t i = std::max(i0, j); i < i1; ++i) {
-        const std::int64_t rows = std::min(p, n - i * p), cols = std::min(p, n - j * p);
-        const std::int64_t reach = (i - j) * p;
-        const T *a = panels + i * depth * p, *b = panels + j * depth * p;
-        if (direct) {
-          kernels.update(depth, a, b, alpha, rows, cols, reach, static_cast<T*>(c.at(i * p, j * p)), c.row_stride);
-          continue;
-        }
-        T* sum = scratch.data() + thread * p * p;
-        std::fill(sum, sum + p * p, T(0));
-        for (std::int64_t d = 0; d < depth; d += kDepth) {
-          kernels.update(std::min(kDepth, depth - d), a + d * p, b + d * p, T(1), rows, cols, reach, sum, p);
-        }
-        for (std::int64_t r = 0; r < rows; ++r) {
+        const T* sums = scratch.data() + ((thread * block + j - j0) * block + i - i0) * p * p;
+        for (std::int64_t r = 0; r < std::min(p, n - i * p); ++r) {
           T* row = static_cast<T*>(c.at(i * p + r, j * p));
-          const std::int64_t width = std::min(cols, r + reach + 1);
-          for (std::int64_t s = 0; s < width; ++s) row[s * c.col_stride] += alpha * sum[r * p + s];
+          const std::int64_t width = std::min({p, n - j * p, r + (i - j) * p + 1});
+          for (std::int64_t s = 0; s < width; ++s) row[s * c.col_stride] += alpha * sums[r * p + s];
         }
       }
     }

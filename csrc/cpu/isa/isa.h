@@ -40,10 +40,14 @@ struct Kernels {
 
   // ---- Dense algebra on packed panels: `panel` lanes side by side, [depth][panel]. ----
   std::int64_t panel;
+  std::int64_t depth;  // of one sum in registers: two panels stay in the first-level cache
 
   // c[i][j] += alpha * sum_d a[d][i] b[d][j] for i < rows, j < cols and j <= i + reach.
   void (*update)(std::int64_t depth, const T* a, const T* b, T alpha, std::int64_t rows, std::int64_t cols,
                  std::int64_t reach, T* c, std::int64_t stride);
+  // The same with the sums over other depths added before alpha: carry [panel][panel], or null.
+  void (*finish)(std::int64_t depth, const T* a, const T* b, T alpha, std::int64_t rows, std::int64_t cols,
+                 std::int64_t reach, const T* carry, T* c, std::int64_t stride);
   // Forward substitution in every lane: L y = x, L lower triangular of order `depth`, x and y in `lanes`.
   void (*solve)(std::int64_t depth, const T* factor, std::int64_t stride, T* lanes);
   // sums[lane] += sum_d lanes[d][lane]^2 in double.

@@ -38,7 +38,9 @@ constexpr Kernels<T> make_kernels() {
       add_abs_products<T>,
       change<T>,
       kPanel<T>,
+      kPanelDepth<T>,
       update<T>,
+      finish<T>,
       solve<T>,
       add_lane_squares<T>,
   };

@@ -8,6 +8,12 @@ constexpr int kDown = HPA_TILE_ROWS;
 template <class T>
 constexpr std::int64_t kPanel = kAcross * Vector<T>::width;
 
+// Depth of one sum in registers: a panel of that depth fills three quarters of a first-level cache of 32 KB.
+template <class T>
+constexpr std::int64_t kFullDepth = 24576 / (kPanel<T> * static_cast<std::int64_t>(sizeof(T)));
+template <class T>
+constexpr std::int64_t kPanelDepth = kFullDepth<T> < 256 ? kFullDepth<T> : 256;
+
 // kDown rows of one panel times the whole of the other, summed over depth in registers.  Each element is one chain of
 // multiply-adds in the order of depth: its value does not depend on where it stands in a tile.
 template <class T>
@@ -15,6 +21,7 @@ HPA_INLINE void tile(std::int64_t depth, const T* a, const T* b, V<T> sum[kDown]
   constexpr std::int64_t p = kPanel<T>;
   for (int i = 0; i < kDown; ++i)
     for (int v = 0; v < kAcross; ++v) sum[i][v] = V<T>{};
+#pragma GCC unroll 4
   for (std::int64_t d = 0; d < depth; ++d, a += p, b += p) {
     V<T> across[kAcross];
 #pragma GCC unroll 8
@@ -29,13 +36,26 @@ HPA_INLINE void tile(std::int64_t depth, const T* a, const T* b, V<T> sum[kDown]
 }
 
 template <class T>
-void update(std::int64_t depth, const T* a, const T* b, T alpha, std::int64_t rows, std::int64_t cols,
-            std::int64_t reach, T* c, std::int64_t stride) {
-  constexpr std::int64_t p = kPanel<T>, w = Vector<T>::width;
+void finish(std::int64_t depth, const T* a, const T* b, T alpha, std::int64_t rows, std::int64_t cols,
+            std::int64_t reach, const T* carry, T* c, std::int64_t stride) {
+  constexpr std::int64_t p = kPanel<T>, w = Vector<T>::width, line = 64 / sizeof(T);
   static_assert(p % kDown == 0);
   for (std::int64_t top = 0; top < rows; top += kDown) {
+    // Rows of c are far apart, which no hardware prefetcher guesses; the sums below take longer than a miss.
+    for (std::int64_t i = top; i < top + kDown && i < rows; ++i) {
+      for (std::int64_t j = 0; j < cols + line - 1; j += line) {
+        __builtin_prefetch(c + i * stride + (j < cols ? j : cols - 1), 1);
+      }
+    }
     V<T> sum[kDown][kAcross];
     tile<T>(depth, a + top, b, sum);
+    if (carry != nullptr) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kDown; ++i) {
+#pragma GCC unroll 8
+        for (int v = 0; v < kAcross; ++v) sum[i][v] += read(carry + (top + i) * p + v * w);
+      }
+    }
     if (top + kDown <= rows && cols == p && top + reach >= p - 1) {
 #pragma GCC unroll 16
       for (int i = 0; i < kDown; ++i) {
@@ -53,6 +73,12 @@ void update(std::int64_t depth, const T* a, const T* b, T alpha, std::int64_t ro
       for (std::int64_t j = 0; j < cols && j <= last; ++j) c[(top + i) * stride + j] += alpha * values[i * p + j];
     }
   }
+}
+
+template <class T>
+void update(std::int64_t depth, const T* a, const T* b, T alpha, std::int64_t rows, std::int64_t cols,
+            std::int64_t reach, T* c, std::int64_t stride) {
+  finish<T>(depth, a, b, alpha, rows, cols, reach, nullptr, c, stride);
 }
 
 // Four rows of the factor at a time, so that the sums over earlier rows are independent chains.
