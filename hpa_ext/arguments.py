@@ -75,6 +75,8 @@ def as_tensor(
             raise TypeError(f"{name}: expected a dense tensor, got layout {tensor.layout}")
         if tensor.is_meta:
             raise TypeError(f"{name}: expected a tensor with data, got one on the meta device")
+        if tensor.numel() > 0 and tensor.data_ptr() == 0:
+            raise TypeError(f"{name}: expected a tensor with data, got one that only stands for its values")
         if tensor.is_neg():
             raise TypeError(f"{name}: expected a plain tensor, got a lazily negated view; call resolve_neg() first")
     else:

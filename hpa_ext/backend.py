@@ -21,7 +21,7 @@ from torch import Tensor
 
 __all__ = ["BACKENDS", "INTERFACE", "Backend", "BackendError", "automatic", "extension", "select"]
 
-INTERFACE: Final = 1
+INTERFACE: Final = 2
 """Version of the calls between this package and ``_cpu``; raised together with the constant of csrc/bindings."""
 
 BACKENDS: Final = ("cpu", "reference")

@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.compiler import is_compiling
 
 from hpa_ext import backend as backends
+from hpa_ext import direct
 from hpa_ext.arguments import (
     TensorLike,
     as_number,
@@ -121,6 +122,8 @@ def accumulate_gram_(gram: T, x: TensorLike, scale: float = 2.0, *, backend: str
     if is_compiling():
         torch.ops.hpa_ext.accumulate_gram_(gram, x, scale, backend)
         return gram
+    if backend is None and direct.accumulate_gram_(gram, x, scale):
+        return gram
     gram_tensor = as_tensor("gram", gram, dtypes=(torch.float32, torch.float64), dims="[cols, cols]", writable=True)
     _check_square("gram", gram_tensor)
     x_tensor = as_tensor("x", x, dims="[..., cols]")
@@ -179,6 +182,10 @@ def inverse_diagonal(
     """
     if is_compiling():
         return _trace_inverse_diagonal(gram, damping, mode, activations, scale, info, backend)
+    if backend is None and info is None:
+        answer = direct.inverse_diagonal(gram, damping, mode, activations, scale)
+        if answer is not None:
+            return cast(Tensor, answer)
     check_choice("mode", mode, ("exact", "pivot"))
     used = as_number("damping", damping, minimum=0.0, strictly=True)
     if (gram is None) == (activations is None):
@@ -252,6 +259,8 @@ def accumulate_importance_(
     if is_compiling():
         _trace_accumulate_importance(importance, grads, weights, kind, backend)
         return importance
+    if backend is None and direct.accumulate_importance_(importance, grads, weights, kind):
+        return importance
     check_choice("kind", kind, ("fisher", "taylor"))
     if (weights is not None) != (kind == "taylor"):
         needed = "are needed" if kind == "taylor" else "are not used"
@@ -315,6 +324,8 @@ def change_statistics(before: TensorLike, after: TensorLike, *, backend: str | N
     if is_compiling():
         column_change, scalars = torch.ops.hpa_ext.change_statistics(before, after, backend)
         return ChangeStatistics(column_change, *scalars.unbind())
+    if backend is None and (answer := direct.change_statistics(before, after)):
+        return ChangeStatistics._make(answer)
     before_tensor = as_tensor("before", before, dims="[rows, cols]")
     after_tensor = as_tensor("after", after, dims="[rows, cols]")
     check_same_shape("after", after_tensor, "before", before_tensor)
@@ -376,6 +387,12 @@ def balanced_mask(
         )
         used_alpha, log_ratio, *counts = numbers.tolist()
         return BalancedMask(mask, used_alpha, log_ratio, *(int(count) for count in counts))
+    if backend is None and (
+        answer := direct.balanced_mask(
+            safety, task, keep, focus, alpha, mode, alpha_mode, alpha_sign, overflow, phi_norm
+        )
+    ):
+        return BalancedMask._make(answer)
     safety_tensor = as_tensor("safety", safety, dims="[cols]")
     task_tensor = as_tensor("task", task, dims="[cols]")
     check_same_shape("task", task_tensor, "safety", safety_tensor)
@@ -391,7 +408,7 @@ def balanced_mask(
     low, high = as_number("alpha[0]", low), as_number("alpha[1]", high)
     check_choice("mode", mode, ("full", "eps", "phi"))
     check_choice("alpha_mode", alpha_mode, ("affine", "relu", "abs", "const"))
-    if alpha_sign not in (1, -1):
+    if not hasattr(alpha_sign, "__index__") or alpha_sign not in (1, -1):
         raise ValueError(f"alpha_sign: expected 1 or -1, got {alpha_sign!r}")
     check_choice("overflow", overflow, ("cap", "keep"))
     check_choice("phi_norm", phi_norm, ("none", "mean"))
@@ -435,6 +452,8 @@ def merge_(after: T, before: TensorLike, mask: TensorLike, projection: float = 0
     if is_compiling():
         torch.ops.hpa_ext.merge_(after, before, mask, projection, backend)
         return after
+    if backend is None and direct.merge_(after, before, mask, projection):
+        return after
     after_tensor = as_tensor("after", after, dims="[rows, cols]", writable=True)
     before_tensor = as_tensor("before", before, dims="[rows, cols]")
     mask_tensor = as_tensor("mask", mask, dtypes=(torch.bool,), dims="[cols]")
@@ -476,6 +495,8 @@ def project_(
     if is_compiling():
         project = torch.ops.hpa_ext.project_list_ if isinstance(grads, (list, tuple)) else torch.ops.hpa_ext.project_
         project(grads, basis, passes, backend)
+        return grads
+    if backend is None and direct.project_(grads, basis, passes):
         return grads
     passes = _as_count("passes", passes, minimum=1)
     if isinstance(grads, (list, tuple)):
@@ -541,6 +562,8 @@ def orthonormalize_(
     """
     if is_compiling():
         return int(torch.ops.hpa_ext.orthonormalize_(vectors, basis, rtol, backend).item())
+    if backend is None and (answer := direct.orthonormalize_(vectors, basis, rtol)) is not None:
+        return cast(int, answer)
     vector_tensor = as_tensor("vectors", vectors, dims="[rank, n]", writable=True)
     basis_tensor = None
     if basis is not None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from hypothesis import HealthCheck, settings
 
-from hpa_ext import backend
+from hpa_ext import backend, direct
 
 settings.register_profile(
     "hpa",
@@ -34,3 +34,10 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
 def threads(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """A function that sets the number of threads for the calls that follow."""
     return lambda count: monkeypatch.setenv("HPA_NUM_THREADS", str(count))
+
+
+@pytest.fixture
+def checked_path(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No direct calls: whatever the arguments, they go through the checks of ops.py."""
+    for name in set(direct.__all__) - {"declines"}:
+        monkeypatch.setattr(direct, name, direct.declines)

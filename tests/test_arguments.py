@@ -141,6 +141,7 @@ class TestEachInPlaceFunction:
         for value, message in (
             (torch.zeros(4, 4).to_sparse(), "expected a dense tensor, got layout torch.sparse_coo"),
             (torch.zeros(4, 4, device="meta"), "expected a tensor with data"),
+            (torch._efficientzerotensor((4, 4)), "expected a tensor with data"),
             (torch.zeros(4, 4, dtype=torch.int64), "expected dtype .*, got int64"),
             (torch.zeros(4, 4, dtype=torch.complex64), "expected dtype .*, got complex64"),
             (torch.zeros(4, 4, dtype=torch.complex64).conj().imag, "expected a plain tensor, got a lazily negated"),

@@ -14,8 +14,8 @@ from hpa_ext import backend, cpu
 
 
 @pytest.fixture
-def fresh_lookup() -> object:
-    """Forgets the module that was found, before and after the test."""
+def fresh_lookup(checked_path: None) -> object:
+    """Forgets the module that was found, before and after the test; direct calls have it from the import on."""
     backend.extension.cache_clear()
     yield
     backend.extension.cache_clear()

@@ -7,6 +7,8 @@
 #include <tuple>
 #include <vector>
 
+#include "choices.h"
+#include "direct.h"
 #include "dlpack_arg.h"
 #include "hpa/kernels.h"
 #include "isa/isa.h"
@@ -16,7 +18,7 @@ namespace hpa::bindings {
 namespace {
 
 // Raised together with hpa_ext.backend.INTERFACE whenever a signature below changes.
-constexpr int kInterface = 1;
+constexpr int kInterface = 2;
 
 class TensorList {
  public:
@@ -45,8 +47,8 @@ class OptionalTensor {
   std::optional<TensorArgument> argument_;
 };
 
-template <class Value>
-Value choose(const char* name, const std::string& given, std::initializer_list<std::pair<const char*, Value>> choices) {
+template <class Value, std::size_t Count>
+Value choose(const char* name, const std::string& given, const Choice<Value> (&choices)[Count]) {
   for (const auto& [word, value] : choices) {
     if (given == word) return value;
   }
@@ -64,8 +66,7 @@ std::tuple<std::string, double, std::string> inverse_diagonal_(const py::object&
                                                                double damping, const std::string& mode, int threads) {
   const TensorArgument out_argument("out", out);
   const OptionalTensor gram_argument("gram", gram), activation_argument("activations", activations);
-  const auto diagonal_mode =
-      choose<DiagonalMode>("mode", mode, {{"exact", DiagonalMode::exact}, {"pivot", DiagonalMode::pivot}});
+  const DiagonalMode diagonal_mode = choose("mode", mode, kDiagonalModes);
   InverseDiagonalResult result;
   {
     const py::gil_scoped_release unlocked;
@@ -97,25 +98,17 @@ std::tuple<double, double, std::int64_t, std::int64_t, std::int64_t> balanced_ma
     const py::object& mask, const py::object& safety, const py::object& task, std::int64_t keep, std::int64_t focus,
     double alpha0, double alpha1, const std::string& mode, const std::string& alpha_mode, int alpha_sign,
     const std::string& overflow, const std::string& phi_norm) {
-  using Options = SelectionOptions;
   const TensorArgument mask_argument("mask", mask), safety_argument("safety", safety), task_argument("task", task);
-  Options options;
+  SelectionOptions options;
   options.keep = keep;
   options.focus = focus;
   options.alpha0 = alpha0;
   options.alpha1 = alpha1;
-  options.mode = choose<Options::Mode>(
-      "mode", mode, {{"full", Options::Mode::full}, {"eps", Options::Mode::eps}, {"phi", Options::Mode::phi}});
-  options.alpha_mode = choose<Options::AlphaMode>("alpha_mode", alpha_mode,
-                                                  {{"affine", Options::AlphaMode::affine},
-                                                   {"relu", Options::AlphaMode::relu},
-                                                   {"abs", Options::AlphaMode::abs},
-                                                   {"const", Options::AlphaMode::constant}});
+  options.mode = choose("mode", mode, kSelectionModes);
+  options.alpha_mode = choose("alpha_mode", alpha_mode, kAlphaModes);
   options.alpha_sign = alpha_sign;
-  options.overflow = choose<Options::Overflow>("overflow", overflow,
-                                               {{"cap", Options::Overflow::cap}, {"keep", Options::Overflow::keep}});
-  options.phi_norm = choose<Options::PhiNorm>("phi_norm", phi_norm,
-                                              {{"none", Options::PhiNorm::none}, {"mean", Options::PhiNorm::mean}});
+  options.overflow = choose("overflow", overflow, kOverflows);
+  options.phi_norm = choose("phi_norm", phi_norm, kPhiNorms);
   Selection result;
   {
     const py::gil_scoped_release unlocked;
@@ -182,4 +175,6 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("merge_", &merge_);
   module.def("project_", &project_);
   module.def("orthonormalize_", &orthonormalize_);
+
+  add_direct_calls(module);
 }

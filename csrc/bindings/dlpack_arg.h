@@ -48,10 +48,9 @@ inline TensorView to_view(const char* name, const DLTensor& tensor) {
   return view;
 }
 
-// The exchange API of the object's type, or nullptr.
-inline const DLPackExchangeAPI* exchange_api(py::handle object) {
-  PyObject* capsule =
-      PyObject_GetAttrString(reinterpret_cast<PyObject*>(Py_TYPE(object.ptr())), "__dlpack_c_exchange_api__");
+// The exchange API of a type of tensors, or nullptr.
+inline const DLPackExchangeAPI* exchange_api(PyTypeObject* type) {
+  PyObject* capsule = PyObject_GetAttrString(reinterpret_cast<PyObject*>(type), "__dlpack_c_exchange_api__");
   if (capsule == nullptr) {
     PyErr_Clear();
     return nullptr;
@@ -88,7 +87,7 @@ inline const DLManagedTensorVersioned* versioned(py::handle capsule) {
 class TensorArgument {
  public:
   TensorArgument(const char* name, py::handle object) : owner_(py::reinterpret_borrow<py::object>(object)) {
-    if (const DLPackExchangeAPI* api = exchange_api(object)) {
+    if (const DLPackExchangeAPI* api = exchange_api(Py_TYPE(object.ptr()))) {
       DLTensor tensor;
       if (api->dltensor_from_py_object_no_sync(object.ptr(), &tensor) != 0) throw py::error_already_set();
       view_ = to_view(name, tensor);

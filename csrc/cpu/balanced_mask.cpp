@@ -13,6 +13,7 @@
 //              fit the cache.  One thread: at 11008 columns the whole call is some hundred microseconds.
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <vector>
 
 #include "buffer.h"
@@ -41,12 +42,14 @@ class Sum {
   double high_ = 0, low_ = 0;
 };
 
-Scores read_scores(const TensorView& tensor) {
+Scores read_scores(const char* name, const TensorView& tensor) {
   Scores scores(static_cast<std::size_t>(tensor.shape[0]));
   const RowsView view(tensor, 0);
   const isa::Kernels<double>& kernels = isa::active().f64;
   const double* read = view.read(kernels, 0, 0, view.length(), scores.data());
   if (read != scores.data()) std::copy(read, read + scores.size(), scores.data());
+  const auto is_good = [](double score) { return 0 <= score && score <= std::numeric_limits<double>::max(); };
+  check(std::all_of(scores.begin(), scores.end(), is_good), name, "expected finite, non-negative scores");
   return scores;
 }
 
@@ -128,7 +131,7 @@ Selection balanced_mask(const TensorView& mask, const TensorView& safety, const 
   check(0 <= options.keep && options.keep <= options.focus && options.focus <= cols, "focus",
         "expected 0 <= keep <= focus <= cols");
 
-  const Scores eps = read_scores(safety), zeta = read_scores(task);
+  const Scores eps = read_scores("safety", safety), zeta = read_scores("task", task);
   const std::vector<bool> safety_focus = best(eps, options.focus), task_focus = best(zeta, options.focus);
   Columns both, safety_only;
   for (std::int64_t j = 0; j < cols; ++j) {
