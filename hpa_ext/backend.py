@@ -1,8 +1,8 @@
 """Which implementation serves a call.
 
-``cpu`` is the compiled extension ``hpa_ext._cpu``, ``reference`` is plain torch on any device.  The device of the
-tensors decides, unless ``backend=`` or the environment variable ``HPA_BACKEND`` names one: a named backend that
-cannot run raises, it is never replaced in silence.
+``cpu`` is the compiled extension ``hpa_ext._cpu``, ``triton`` are Triton kernels for GPUs, ``reference`` is plain torch
+on any device.  The device of the tensors decides, unless ``backend=`` or the environment variable ``HPA_BACKEND``
+names one: a named backend that cannot run raises, it is never replaced in silence.
 
 The source tree's package folder can hide the installed one (``python`` started at the repository root), so the
 package extends its path to the installed copy and this module checks that the binary it finds belongs to this source.
@@ -11,7 +11,9 @@ package extends its path to the installed copy and this module checks that the b
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import os
+import shutil
 from functools import cache
 from types import ModuleType
 from typing import Any, Final, Protocol, cast
@@ -19,12 +21,12 @@ from typing import Any, Final, Protocol, cast
 import torch
 from torch import Tensor
 
-__all__ = ["BACKENDS", "INTERFACE", "Backend", "BackendError", "automatic", "extension", "select"]
+__all__ = ["BACKENDS", "INTERFACE", "Backend", "BackendError", "automatic", "extension", "select", "triton_trouble"]
 
 INTERFACE: Final = 2
 """Version of the calls between this package and ``_cpu``; raised together with the constant of csrc/bindings."""
 
-BACKENDS: Final = ("cpu", "reference")
+BACKENDS: Final = ("cpu", "triton", "reference")
 
 
 class BackendError(RuntimeError):
@@ -77,7 +79,9 @@ class Backend(Protocol):
 
 def automatic(device: torch.device) -> str:
     """The backend that serves ``device`` when nothing names one."""
-    return "cpu" if device.type == "cpu" else "reference"
+    if device.type == "cpu":
+        return "cpu"
+    return "triton" if device.type == "cuda" and triton_trouble(device) is None else "reference"
 
 
 def select(name: str | None, device: torch.device) -> Backend:
@@ -103,6 +107,16 @@ def select(name: str | None, device: torch.device) -> Backend:
             raise ValueError(f"{origin}: 'cpu' serves tensors on the CPU, got tensors on {device}")
         extension()
         return _module("hpa_ext.cpu")
+    if name == "triton":
+        if device.type != "cuda" and not (device.type == "cpu" and _interpreted()):
+            raise ValueError(
+                f"{origin}: 'triton' serves tensors on a GPU (on the CPU too, slowly, with TRITON_INTERPRET=1), "
+                f"got tensors on {device}"
+            )
+        trouble = triton_trouble(device)
+        if trouble is not None:
+            raise BackendError(f"{origin}: 'triton' cannot run here: {trouble}")
+        return _module("hpa_ext.triton")
     raise ValueError(f"{origin}: expected one of {', '.join(map(repr, BACKENDS))}, got {name!r}")
 
 
@@ -130,6 +144,25 @@ def extension() -> Any:
             f"beside {__file__} of version {__version__} (interface {INTERFACE}). Install again: `pip install .`"
         )
     return module
+
+
+def triton_trouble(device: torch.device) -> str | None:
+    """Why the Triton kernels cannot run on ``device``; ``None`` where they can."""
+    if importlib.util.find_spec("triton") is None:
+        return "the package triton is not installed (`pip install triton`)"
+    if _interpreted():
+        return None
+    if not (os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")):
+        return "Triton builds the code that launches its kernels with a C compiler, and found neither CC, gcc nor clang"
+    if device.type == "cuda" and torch.version.hip is None and torch.cuda.is_available():
+        capability = torch.cuda.get_device_capability(device)
+        if capability < (8, 0):
+            return f"compute capability 8.0 or higher is needed, {device} has {capability[0]}.{capability[1]}"
+    return None
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _module(name: str) -> Backend:

@@ -21,8 +21,12 @@ def fresh_lookup(checked_path: None) -> object:
     backend.extension.cache_clear()
 
 
-def test_the_device_decides_when_nothing_names_a_backend() -> None:
+def test_the_device_decides_when_nothing_names_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     assert backend.automatic(torch.device("cpu")) == "cpu"
+    assert backend.automatic(torch.device("meta")) == "reference"
+    monkeypatch.setattr(backend, "triton_trouble", lambda device: None)
+    assert backend.automatic(torch.device("cuda", 1)) == "triton"
+    monkeypatch.setattr(backend, "triton_trouble", lambda device: "no compiler")
     assert backend.automatic(torch.device("cuda", 1)) == "reference"
     assert backend.select(None, torch.device("cpu")).merge_.__module__ == "hpa_ext.cpu"
 
@@ -34,16 +38,32 @@ def test_the_environment_forces_a_backend_and_the_argument_goes_before_it(monkey
 
 
 def test_an_unknown_backend_raises_and_says_who_named_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(ValueError, match="^backend: expected one of 'cpu', 'reference', got 'cuda'"):
-        hpa_ext.change_statistics(torch.zeros(1, 1), torch.zeros(1, 1), backend="cuda")
-    monkeypatch.setenv("HPA_BACKEND", "triton")
-    with pytest.raises(ValueError, match="^HPA_BACKEND: expected one of .*, got 'triton'"):
+    with pytest.raises(ValueError, match="^backend: expected one of 'cpu', .*'reference', got 'metal'"):
+        hpa_ext.change_statistics(torch.zeros(1, 1), torch.zeros(1, 1), backend="metal")
+    monkeypatch.setenv("HPA_BACKEND", "numpy")
+    with pytest.raises(ValueError, match="^HPA_BACKEND: expected one of .*, got 'numpy'"):
         hpa_ext.change_statistics(torch.zeros(1, 1), torch.zeros(1, 1))
 
 
 def test_a_backend_that_does_not_serve_the_device_raises() -> None:
     with pytest.raises(ValueError, match="^backend: 'cpu' serves tensors on the CPU, got tensors on cuda:0"):
         backend.select("cpu", torch.device("cuda", 0))
+
+
+def test_triton_says_why_it_cannot_run_and_is_never_replaced(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(ValueError, match="^backend: 'triton' serves tensors on a GPU .*, got tensors on cpu"):
+        hpa_ext.change_statistics(torch.zeros(1, 1), torch.zeros(1, 1), backend="triton")
+    gpu = torch.device("cuda", 0)
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(backend.shutil, "which", lambda name: None)
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: object())
+    with pytest.raises(hpa_ext.BackendError, match="^backend: 'triton' cannot run here: .* C compiler"):
+        backend.select("triton", gpu)
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setenv("HPA_BACKEND", "triton")
+    with pytest.raises(hpa_ext.BackendError, match="^HPA_BACKEND: 'triton' cannot run here: .*`pip install triton`"):
+        backend.select(None, gpu)
 
 
 def test_a_missing_module_raises_at_the_first_call_and_says_what_to_do(

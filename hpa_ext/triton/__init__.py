@@ -1,0 +1,31 @@
+"""The eight functions as Triton kernels: for ROCm, and for a GPU machine on which no CUDA compiler was there at install
+time.
+
+One file a function; those without a file are plain torch on the device (:mod:`hpa_ext.reference`).  Arguments have
+been checked by :mod:`hpa_ext.ops`; :mod:`hpa_ext.triton.launching` holds what the files share.
+
+Nothing here waits for the device, except where the answer is a Python number (``inverse_diagonal``,
+``balanced_mask``, ``orthonormalize_``).  Sums have a fixed order that shapes alone decide, and no kernel uses atomics:
+results are bit-reproducible.
+
+With ``TRITON_INTERPRET=1`` in the environment the same kernels run on CPU tensors, slowly: that is how they are tested
+where there is no GPU.
+"""
+
+from __future__ import annotations
+
+from hpa_ext.reference import accumulate_gram_, balanced_mask, inverse_diagonal, orthonormalize_, project_
+from hpa_ext.triton.accumulate_importance import accumulate_importance_
+from hpa_ext.triton.change_statistics import change_statistics
+from hpa_ext.triton.merge import merge_
+
+__all__ = [
+    "accumulate_gram_",
+    "accumulate_importance_",
+    "balanced_mask",
+    "change_statistics",
+    "inverse_diagonal",
+    "merge_",
+    "orthonormalize_",
+    "project_",
+]

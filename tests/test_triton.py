@@ -1,0 +1,152 @@
+"""The Triton kernels: against the reference in the interpreter (on the GPU where there is one), and compiled ahead of
+time for GPUs that are not here, with what the compilers say about registers and memory accesses."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+HERE = Path(__file__).resolve().parent
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+
+
+def test_every_kernel_agrees_with_the_reference() -> None:
+    environment = dict(os.environ)
+    environment.pop("HPA_BACKEND", None)
+    if not torch.cuda.is_available():
+        environment["TRITON_INTERPRET"] = "1"
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        str(HERE / "triton_kernels.py"),
+    ]
+    ran = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE.parent)
+    assert ran.returncode == 0, ran.stdout[-6000:] + ran.stderr[-2000:]
+
+
+class Compiled:
+    """A kernel compiled for a GPU that need not be here."""
+
+    def __init__(self, target: str, kernel: Any, signature: dict[str, str], constants: dict[str, Any], num_warps: int):
+        aligned = [
+            name for name, kind in signature.items() if kind.startswith("*") or name.endswith(("_stride", "cols"))
+        ]
+        source = ASTSource(
+            fn=kernel,
+            signature={**signature, **dict.fromkeys(constants, "constexpr")},
+            constexprs=constants,
+            attrs={(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+        )
+        self.code = triton.compile(source, target=TARGETS[target], options={"num_warps": num_warps})
+        self.cuda = target.startswith("sm_")
+
+    def spills(self) -> int:
+        """Bytes a thread of local memory."""
+        if not self.cuda:
+            assembly = self.code.asm["amdgcn"]
+            return sum(int(count) for count in re.findall(r"\.(?:v|s)gpr_spill_count: +(\d+)", assembly))
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(self.code.asm["cubin"])
+            file.flush()
+            usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        return sum(int(size) for size in re.findall(r"(?:STACK|LOCAL):(\d+)", usage))
+
+    def count(self, access: str) -> int:
+        """How many 128-bit accesses to global memory, ``access`` "load" or "store", the code has."""
+        if self.cuda:
+            return len(
+                re.findall(
+                    {"load": r"\bld\.global\S*\.v4\.b32", "store": r"\bst\.global\S*\.v4\.b32"}[access],
+                    self.code.asm["ptx"],
+                )
+            )
+        return len(
+            re.findall(
+                {"load": "global_load_dwordx4", "store": "global_store_dwordx4"}[access], self.code.asm["amdgcn"]
+            )
+        )
+
+
+def assert_wide(compiled: Compiled, bytes_loaded: int, bytes_stored: int, threads: int) -> None:
+    """No spills, and as many 128-bit accesses as the bytes of a tile need."""
+    assert compiled.spills() == 0
+    assert compiled.count("load") >= bytes_loaded // (16 * threads)
+    assert compiled.count("store") >= bytes_stored // (16 * threads)
+
+
+def threads_of(target: str, num_warps: int) -> int:
+    return num_warps * TARGETS[target].warp_size
+
+
+NAMES = {"bf16": 2, "fp32": 4}
+
+
+@pytest.mark.parametrize("dtype", NAMES)
+@pytest.mark.parametrize("target", TARGETS)
+def test_merge_compiles_to_wide_accesses(target: str, dtype: str) -> None:
+    import triton.language as tl
+
+    from hpa_ext.triton.merge import merge_kernel
+
+    weights = {"after": f"*{dtype}", "before": f"*{dtype}", "mask": "*i1", "projection_bits": "i64"}
+    shape = {"rows": "i32", "cols": "i32", "after_row_stride": "i32", "before_row_stride": "i32"}
+    ones = {"after_col_stride": 1, "before_col_stride": 1, "mask_stride": 1}
+    constants = {**ones, "PROJECT": True, "ARITHMETIC": tl.float32, "BLOCK_ROWS": 4, "BLOCK_COLS": 1024}
+    compiled = Compiled(target, merge_kernel, {**weights, **shape}, constants, 4)
+    assert_wide(compiled, 2 * 4096 * NAMES[dtype], 4096 * NAMES[dtype], threads_of(target, 4))
+
+
+@pytest.mark.parametrize("dtype", NAMES)
+@pytest.mark.parametrize("target", TARGETS)
+def test_change_statistics_compiles_to_wide_accesses(target: str, dtype: str) -> None:
+    import triton.language as tl
+
+    from hpa_ext.triton.change_statistics import fold_kernel, strip_kernel
+
+    weights = {"before": f"*{dtype}", "after": f"*{dtype}", "partial_columns": "*fp64", "partial_scalars": "*fp64"}
+    shape = {"rows": "i32", "cols": "i32", "programs": "i32", "before_row_stride": "i32", "after_row_stride": "i32"}
+    constants = {"before_col_stride": 1, "after_col_stride": 1, "ARITHMETIC": tl.float32, "STEPS": 16}
+    constants |= {"BLOCK_ROWS": 8, "BLOCK_COLS": 256}
+    compiled = Compiled(target, strip_kernel, {**weights, **shape}, constants, 4)
+    assert_wide(compiled, 2 * 2048 * NAMES[dtype], 0, threads_of(target, 4))
+    partials = {"partial_columns": "*fp64", "partial_scalars": "*fp64", "column_change": "*fp32", "scalars": "*fp64"}
+    shape = {"rows": "i32", "cols": "i32", "strips": "i32", "programs": "i32"}
+    assert Compiled(target, fold_kernel, {**partials, **shape}, {"BLOCK_STRIPS": 32, "BLOCK_COLS": 64}, 4).spills() == 0
+
+
+@pytest.mark.parametrize("dtype", NAMES)
+@pytest.mark.parametrize("target", TARGETS)
+def test_accumulate_importance_compiles_to_wide_accesses(target: str, dtype: str) -> None:
+    import triton.language as tl
+
+    from hpa_ext.triton.accumulate_importance import importance_kernel
+
+    number = {"bf16": tl.bfloat16, "fp32": tl.float32}[dtype]
+    constants = {"IMPORTANCE": tl.float32, "GRAD": number, "WEIGHT": number, "TAYLOR": True, "UNIT": True}
+    constants |= {"ALIGNED": True, "ARITHMETIC": tl.float32, "CHUNK": 4096}
+    compiled = Compiled(target, importance_kernel, {"pieces": "*i64", "piece_of": "*i32"}, constants, 8)
+    assert_wide(compiled, 4096 * (4 + 2 * NAMES[dtype]), 4096 * 4, threads_of(target, 8))
