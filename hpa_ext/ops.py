@@ -177,8 +177,8 @@ def inverse_diagonal(
 
     The exact diagonal is a sum of squares (column norms of the inverse Cholesky factor), so nothing cancels: the
     relative error is that of the factorisation. Matrices of at most 1024 columns, float64 input and the low-rank route
-    are computed in float64, larger float32 ones in float32 with one ``cols^2`` buffer. Bit-reproducible for any number
-    of threads on one machine.
+    are computed in float64, larger float32 ones in float32 with half a ``cols^2`` buffer. Bit-reproducible for any
+    number of threads on one machine.
     """
     if is_compiling():
         return _trace_inverse_diagonal(gram, damping, mode, activations, scale, info, backend)

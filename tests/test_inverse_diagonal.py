@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -57,6 +60,46 @@ def test_large_float32_matrices_keep_float32_accuracy(isa: str, mode: str) -> No
     assert kappa > 500
     expected = hpa_ext.inverse_diagonal(gram.double(), mode=mode, backend="reference")
     assert_within(hpa_ext.inverse_diagonal(gram, mode=mode), expected, bound(expected, kappa, 2.0**-24))
+
+
+@pytest.mark.parametrize("mode", ["exact", "pivot"])
+@pytest.mark.parametrize("spectrum", ["geometric", "one large", "massive channel"])
+def test_float32_keeps_its_documented_accuracy_at_condition_one_million(spectrum: str, mode: str) -> None:
+    cols, kappa = 1030, 1e6
+    if spectrum == "massive channel":
+        x = normal(3 * cols, cols, dtype=torch.float64)
+        x[:, 7] *= math.sqrt(kappa)
+        gram, limit = (x.T @ x / len(x)).float(), 3e-6  # a scaled row and column: no digits are lost
+    else:
+        eigenvalues = torch.logspace(0, -6, cols) if spectrum == "geometric" else torch.full((cols,), 1 / kappa)
+        eigenvalues[0] = 1
+        vectors = torch.linalg.qr(normal(cols, cols, dtype=torch.float64)).Q
+        gram, limit = ((vectors * eigenvalues) @ vectors.T).float(), kappa * 2.0**-25
+    expected = hpa_ext.inverse_diagonal(gram.double(), 1e-9, mode, backend="reference")
+    actual = hpa_ext.inverse_diagonal(gram, 1e-9, mode)
+    assert_within(actual, expected, limit * f64(expected))
+
+
+MEASURE_SCRATCH = """
+import re, sys, torch, hpa_ext
+
+def megabytes(field):
+    return int(re.search(field + r":\\s+(\\d+) kB", open("/proc/self/status").read())[1]) / 1024
+
+gram = torch.empty(3000, 3000).normal_().fill_diagonal_(3000.0)
+hpa_ext.inverse_diagonal(gram[:1100, :1100], mode=sys.argv[1])  # threads and tables exist from here on
+before = megabytes("VmRSS")
+hpa_ext.inverse_diagonal(gram, mode=sys.argv[1])
+print(megabytes("VmHWM") - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads peak memory from /proc")
+@pytest.mark.parametrize("mode", ["exact", "pivot"])
+def test_scratch_is_less_than_one_square(mode: str) -> None:
+    run = subprocess.run([sys.executable, "-c", MEASURE_SCRATCH, mode], capture_output=True, text=True, check=True)
+    square = 3000**2 * 4 / 2**20
+    assert 0.4 * square < float(run.stdout) < 0.9 * square
 
 
 @given(

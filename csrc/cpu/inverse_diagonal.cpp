@@ -12,12 +12,14 @@
 //                of its indices reversed.  1/3 cols^3 flops, no inverse.
 //
 // Arithmetic     float64 for float64 input, for at most 1024 columns (where it costs milliseconds), and for few tokens.
-//                Larger float32 matrices: float32 with float64 sums in the diagonal blocks and the norms; the largest
-//                relative error is around cond(H) * 2^-24 / 10, some 1e-5 at the default damping.
-// Scratch        one cols^2 matrix (the caller's is not changed) and a strip of 240 * cols.
-// Design         The sweep is right-looking: each step packs its strip once and updates what is left with the same
-//                symmetric product that accumulate_gram uses.  Owners and order of sums are fixed by shape: the result
-//                does not depend on the number of threads.
+//                Larger float32 matrices: float32 with float64 sums in the norms; the largest relative error is between
+//                1/20 and 1/3 of cond(H) * 2^-24 (LAPACK's too), some 1e-5 at the default damping, below 3e-2 at
+//                condition 1e6.  A massive channel makes H ill-conditioned by its scale only, and costs no digits.
+// Scratch        half a cols^2 matrix (the caller's is not changed) and two strips of 240 * cols.
+// Design         The sweep is right-looking: a step packs its strip once and updates all that is left.  Blocks of the
+//                matrix are stored as the panels that the products read and write, so that a tile is one run of memory
+//                and the right-hand sides need no packing.  Owners and order of sums are fixed by shape: the result does
+//                not depend on the number of threads.
 #include <algorithm>
 #include <cmath>
 
@@ -31,48 +33,104 @@ namespace hpa {
 namespace {
 
 constexpr std::int64_t kSmall = 1024;     // columns up to which float32 matrices are factored in float64
-constexpr std::int64_t kBlock = 240;      // columns of a step: a multiple of every panel width
+constexpr std::int64_t kBlock = 240;      // columns of a step: long enough to hide reading and writing what it updates
+constexpr std::int64_t kSmallBlock = 96;  // of small matrices: the more steps, the less work outside the updates
 constexpr double kLowRankShare = 0.8;     // tokens / cols below which the low-rank route does less work
 constexpr double kLeastRemainder = 1e-8;  // smallest 1 - |.|^2 that float64 still resolves to 1e-7 or so
-constexpr std::int64_t kGrain = 1 << 20;  // multiply-adds worth a thread
-constexpr std::int64_t kStripPanels = 4;  // panels of right-hand sides that a task solves for
+constexpr std::int64_t kGrain = 1 << 19;  // multiply-adds worth a thread
+constexpr std::int64_t kStripLanes = 96;  // right-hand sides that a task of the low-rank route solves for
 
 enum class Purpose { inverse_norms, pivots, factor };
 
-// Cholesky of one diagonal block, row by row: block [size, size] contiguous, lower triangle in and out.
+std::int64_t round_up(std::int64_t count, std::int64_t multiple) { return ceil_div(count, multiple) * multiple; }
+
+// Lower triangle of a symmetric matrix, extended to `order`, a multiple of the tile.  Block k holds the columns
+// [start(k), stop(k)) and their rows from start(k) on, in panels [rows][panel] of adjacent columns: a tile of the update
+// is one run of memory, and rows of a panel are the operand that the next product needs.  Half a square in all.
 template <class T>
-FactorStatus factor_block(const isa::Kernels<T>& kernels, std::int64_t size, T* block) {
-  for (std::int64_t row = 0; row < size; ++row) {
-    T* current = block + row * size;
-    std::int64_t col = 0;
-    // Four columns at a time read the finished part of this row once; the last few products are added one by one.
-    for (; col + 4 <= row; col += 4) {
-      const T* known[4];
-      double sums[4];
-      for (int k = 0; k < 4; ++k) known[k] = block + (col + k) * size;
-      kernels.dot4(known, current, col, sums);
-      for (int k = 0; k < 4; ++k) {
-        double sum = sums[k];
-        for (int i = 0; i < k; ++i)
-          sum += static_cast<double>(known[k][col + i]) * static_cast<double>(current[col + i]);
-        current[col + k] = static_cast<T>((static_cast<double>(current[col + k]) - sum) / known[k][col + k]);
-      }
+class BlockMatrix {
+ public:
+  BlockMatrix(const isa::Kernels<T>& kernels, std::int64_t n)
+      : panel(kernels.panel),
+        order(round_up(n, kernels.group)),
+        block(std::min(order, round_up(n <= kSmall ? kSmallBlock : kBlock, kernels.group))),
+        blocks(ceil_div(order, block)),
+        data_(offset(blocks)) {}
+
+  const std::int64_t panel, order, block, blocks;
+
+  std::int64_t start(std::int64_t k) const { return k * block; }
+  std::int64_t stop(std::int64_t k) const { return std::min(start(k) + block, order); }
+  T* columns(std::int64_t k) const { return data_.data() + offset(k); }
+  // Element (row, col), col the first of a panel and row from start of its block on.
+  T* at(std::int64_t row, std::int64_t col) const {
+    const std::int64_t k = col / block;
+    return columns(k) + (col - start(k)) * (order - start(k)) + (row - start(k)) * panel;
+  }
+
+ private:
+  std::int64_t offset(std::int64_t k) const {
+    const std::int64_t whole = std::min(k, order / block), rest = std::min(k * block, order) - whole * block;
+    return block * (whole * order - block * (whole * (whole - 1) / 2)) + rest * rest;
+  }
+  Buffer<T> data_;
+};
+
+// C += alpha * A A^T for the block rows from `first_row` and the block columns from `first_col` on, on and below the
+// diagonal.  A is packed with `depth`: rows from start(first_row) on in `strips`; panel_of(col) finds the panel of a
+// column.  A block is a task: its strips stay in the second-level cache while panel after panel passes through the first.
+template <class T, class PanelOf>
+void update_blocks(const isa::Kernels<T>& kernels, const BlockMatrix<T>& c, std::int64_t first_row,
+                   std::int64_t first_col, std::int64_t depth, const T* strips, const PanelOf& panel_of, T alpha,
+                   int threads) {
+  const std::int64_t rows = c.blocks - first_row, cols = c.blocks - first_col;
+  const std::int64_t work = (c.order - c.start(first_row)) * (c.order - c.start(first_col)) * depth / 2;
+  parallel_for(rows * cols, useful_threads(work, kGrain, threads), [&](std::int64_t task, int) {
+    // Long rows first: the last tasks are short ones.
+    const std::int64_t i = c.blocks - 1 - task / cols, j = first_col + task % cols;
+    if (j > i) return;
+    for (std::int64_t col = c.start(j); col < c.stop(j); col += c.panel) {
+      const std::int64_t above = i == j ? (col - c.start(j)) / kernels.strip * kernels.strip : 0;
+      const std::int64_t row = c.start(i) + above;
+      kernels.multiply_strips(depth, (c.stop(i) - row) / kernels.strip, strips + (row - c.start(first_row)) * depth,
+                              depth * kernels.strip, panel_of(col), alpha, c.at(row, col));
     }
-    for (; col < row; ++col) {
-      const T* known = block + col * size;
-      const double rest = static_cast<double>(current[col]) - kernels.dot(known, current, col);
-      current[col] = static_cast<T>(rest / known[col]);
+  });
+}
+
+// Cholesky of the diagonal block k, panel by panel: L_kk in strips and, in `panels`, transposed.
+template <class T>
+FactorStatus factor_block(const isa::Kernels<T>& kernels, const BlockMatrix<T>& matrix, std::int64_t k, T* strips,
+                          T* panels) {
+  const std::int64_t p = kernels.panel, q = kernels.strip, start = matrix.start(k), size = matrix.stop(k) - start;
+  std::fill(panels, panels + size * size, T(0));
+  for (std::int64_t col = 0; col < size; col += p) {
+    const std::int64_t row = col / q * q;
+    T* c = matrix.at(start, start + col);
+    if (col > 0) {
+      kernels.multiply_strips(col, (size - row) / q, strips + row * size, size * q, panels + col * size, T(-1),
+                              c + row * p);
     }
-    const double pivot = static_cast<double>(current[row]) - kernels.sum_of_squares(current, row);
-    if (!std::isfinite(pivot)) return FactorStatus::non_finite;
-    const T root = static_cast<T>(std::sqrt(std::max(pivot, 0.0)));
-    if (!(root > 0)) return FactorStatus::not_positive_definite;
-    current[row] = root;
+    T* corner = panels + col * size + col * p;
+    kernels.transpose_square(c + col * p, corner);
+    const std::int64_t pivots = kernels.factor_corner(corner);
+    if (pivots < p) {
+      return std::isfinite(corner[pivots * p + pivots]) ? FactorStatus::not_positive_definite
+                                                        : FactorStatus::non_finite;
+    }
+    for (std::int64_t below = col + p; below < size; below += p) {
+      T* lanes = panels + below * size + col * p;
+      kernels.transpose_square(c + below * p, lanes);
+      kernels.solve_corner(corner, lanes);
+    }
+    for (std::int64_t lane = col / kernels.group * kernels.group; lane < size; lane += kernels.group) {
+      kernels.panels_to_strips(p, size, panels + lane * size + col * p, strips + lane * size + col * q);
+    }
   }
   return FactorStatus::ok;
 }
 
-// Eliminates the columns of H = `matrix` (lower triangle of order n, row-major, destroyed) block by block.
+// Eliminates the columns of a positive definite H (destroyed) block by block.
 //
 // After the steps up to block k the part below it holds, right of the block, what is left of H to be factored, and left
 // of it the right-hand sides of L X = I as far as they are solved.  A step factors the diagonal block L_kk, then for
@@ -83,74 +141,151 @@ FactorStatus factor_block(const isa::Kernels<T>& kernels, std::int64_t size, T* 
 //
 //   inverse_norms   sums[j] = |L^-1 e_j|^2
 //   pivots          sums[j] = L_jj; the left part is left out
-//   factor          like pivots, and L is stored in `matrix`
+//   factor          like pivots, and the columns of block k become those of L, in strips
 template <class T>
-FactorStatus eliminate(const isa::Kernels<T>& kernels, std::int64_t n, T* matrix, Purpose purpose, double* sums,
+FactorStatus eliminate(const isa::Kernels<T>& kernels, const BlockMatrix<T>& matrix, Purpose purpose, double* sums,
                        int threads) {
-  const std::int64_t p = kernels.panel, count = ceil_div(n, p), largest = std::min(kBlock, n);
-  const MatrixView c = {matrix, sizeof(T) == 4 ? DType::f32 : DType::f64, n, n, n, 1};
-  threads = useful_threads(n * n * n / 3, kGrain, threads);
-  Buffer<T> panels(count * largest * p);
-  Buffer<T> block(largest * largest);
-  Buffer<T> scratch(threads * kPackRows * largest);
-  if (purpose == Purpose::inverse_norms) std::fill(sums, sums + n, 0.0);
+  const std::int64_t p = kernels.panel, q = kernels.strip, order = matrix.order;
+  const bool inverse = purpose == Purpose::inverse_norms;
+  Buffer<T> strips(order * matrix.block);
+  Buffer<T> panels(order * matrix.block);
+  std::fill(sums, sums + order, 0.0);
 
-  for (std::int64_t start = 0; start < n; start += kBlock) {
-    const std::int64_t size = std::min(kBlock, n - start), stop = start + size;
-    for (std::int64_t row = 0; row < size; ++row) {
-      const T* from = matrix + (start + row) * n + start;
-      std::copy(from, from + row + 1, block.data() + row * size);
-    }
-    const FactorStatus status = factor_block(kernels, size, block.data());
+  for (std::int64_t k = 0; k < matrix.blocks; ++k) {
+    const std::int64_t start = matrix.start(k), stop = matrix.stop(k), size = stop - start;
+    const FactorStatus status = factor_block(kernels, matrix, k, strips.data(), panels.data());
     if (status != FactorStatus::ok) return status;
-    if (purpose != Purpose::inverse_norms) {
-      for (std::int64_t row = 0; row < size; ++row) {
-        const T* values = block.data() + row * size;
-        sums[start + row] = static_cast<double>(values[row]);
-        if (purpose == Purpose::factor) std::copy(values, values + row + 1, matrix + (start + row) * n + start);
+    if (!inverse) {
+      for (std::int64_t j = 0; j < size; ++j) {
+        sums[start + j] = static_cast<double>(panels[j / p * p * size + j * p + j % p]);
       }
     }
 
-    const std::int64_t first_panel = purpose == Purpose::inverse_norms ? 0 : ceil_div(stop, p);
-    parallel_for(count - first_panel, threads, [&](std::int64_t task, int thread) {
-      const std::int64_t index = first_panel + task, col = index * p, width = std::min(p, n - col);
-      T* lanes = panels.data() + index * size * p;
-      T* pack_scratch = scratch.data() + thread * kPackRows * largest;
-      if (col >= stop) {
-        pack_panel(kernels, {matrix, c.dtype, n, n, n, 1}, col, start, size, lanes, pack_scratch);
-      } else if (col >= start) {
-        std::fill(lanes, lanes + size * p, T(0));
-        for (std::int64_t lane = 0; lane < width; ++lane) lanes[(col - start + lane) * p + lane] = T(1);
-      } else {
-        pack_panel(kernels, {matrix + start * n, c.dtype, n, size, 1, n}, col, 0, size, lanes, pack_scratch);
-      }
-      kernels.solve(size, block.data(), size, lanes);
-      if (col >= stop) {
-        for (std::int64_t lane = 0; lane < width; ++lane) {
-          T* row = matrix + (col + lane) * n + start;
-          if (purpose == Purpose::inverse_norms) {
-            std::fill(row, row + size, T(0));  // becomes the right-hand side of block k
-          } else if (purpose == Purpose::factor) {
-            for (std::int64_t d = 0; d < size; ++d) row[d] = lanes[d * p + lane];
-          }
-        }
-      } else if (width == p) {
-        kernels.add_lane_squares(size, lanes, sums + col);
-      } else {
-        double lane_sums[64] = {};
-        kernels.add_lane_squares(size, lanes, lane_sums);
-        for (std::int64_t lane = 0; lane < width; ++lane) sums[col + lane] += lane_sums[lane];
-      }
-    });
-    add_symmetric_product(kernels, panels.data(), size, n, ceil_div(stop, p) * p, first_panel * p, T(-1), c, threads);
+    const auto panel_of = [&](std::int64_t col) {
+      return col < stop ? matrix.at(start, col) : panels.data() + (col - start) * size;
+    };
+    const std::int64_t first = inverse ? 0 : stop, groups = (order - first) / kernels.group;
+    parallel_for(groups, useful_threads((order - first) * size * size / 2, kGrain, threads),
+                 [&](std::int64_t task, int) {
+                   const std::int64_t lane = first + task * kernels.group;
+                   for (std::int64_t col = lane; col < lane + kernels.group; col += p) {
+                     T* solved = panel_of(col);
+                     if (col >= stop) {
+                       for (std::int64_t d = 0; d < size; d += p) {
+                         T* from = matrix.at(col, start + d);
+                         kernels.transpose_square(from, solved + d * p);
+                         if (inverse) std::fill(from, from + p * p, T(0));  // becomes the right-hand side of block k
+                       }
+                       kernels.solve_strips(size, 0, strips.data(), solved);
+                       continue;
+                     }
+                     std::int64_t zeros = 0;
+                     if (col >= start) {
+                       std::fill(solved, solved + size * p, T(0));
+                       for (std::int64_t lane = 0; lane < p; ++lane) solved[(col - start + lane) * p + lane] = T(1);
+                       zeros = (col - start) / q * q;
+                     }
+                     kernels.solve_strips(size, zeros, strips.data(), solved);
+                     kernels.add_lane_squares(size - zeros, solved + zeros * p, sums + col);
+                   }
+                   if (lane >= stop) {
+                     const std::int64_t at = (lane - start) * size;
+                     kernels.panels_to_strips(size, size, panels.data() + at, strips.data() + at);
+                   }
+                 });
+    update_blocks(kernels, matrix, k + 1, inverse ? 0 : k + 1, size, strips.data() + size * size, panel_of, T(-1),
+                  threads);
+    if (purpose == Purpose::factor) {
+      std::copy(strips.data(), strips.data() + (order - start) * size, matrix.columns(k));
+    }
   }
   return FactorStatus::ok;
 }
 
-double mean_diagonal(const MatrixView& matrix, auto read) {
-  double sum = 0;
-  for (std::int64_t j = 0; j < matrix.rows; ++j) sum += read(matrix.at(j, j));
-  return sum / static_cast<double>(matrix.rows);
+// Extends the matrix of order n by ones on the diagonal.
+template <class T>
+void extend(const BlockMatrix<T>& matrix, std::int64_t n) {
+  for (std::int64_t j = n; j < matrix.order; ++j) matrix.at(j, j / matrix.panel * matrix.panel)[j % matrix.panel] = 1;
+}
+
+// Copies the lower triangle of `gram`; in reversed order of indices where `flip`.
+template <class T>
+void copy_lower(const isa::Kernels<T>& kernels, const MatrixView& gram, bool flip, const BlockMatrix<T>& matrix,
+                int threads) {
+  const std::int64_t n = gram.rows, p = matrix.panel, blocks = matrix.blocks;
+  const auto load = kernels.load[static_cast<int>(gram.dtype)];
+  threads = useful_threads(n * n / 2, 1 << 16, threads);
+  Buffer<T> columns(threads * matrix.block);
+  parallel_for(blocks * blocks, threads, [&](std::int64_t task, int thread) {
+    const std::int64_t i = blocks - 1 - task / blocks, j = task % blocks;
+    if (j > i) return;
+    for (std::int64_t col = matrix.start(j); col < matrix.stop(j); col += p) {
+      T* to = matrix.at(matrix.start(i), col);
+      std::fill(to, to + (matrix.stop(i) - matrix.start(i)) * p, T(0));
+      if (flip) {
+        // Element (row, col) of the reversed matrix is (n-1-row, n-1-col) of the other triangle, so (n-1-col, n-1-row).
+        T* column = columns.data() + thread * matrix.block;
+        for (std::int64_t lane = 0; lane < std::min(p, n - col); ++lane) {
+          const std::int64_t first = std::max(matrix.start(i), col + lane), count = std::min(matrix.stop(i), n) - first;
+          if (count <= 0) continue;
+          load(gram.at(n - 1 - col - lane, n - 1 - first), -gram.col_stride, count, column);
+          for (std::int64_t row = 0; row < count; ++row) matrix.at(first + row, col)[lane] = column[row];
+        }
+      } else {
+        for (std::int64_t row = std::max(matrix.start(i), col); row < std::min(matrix.stop(i), n); ++row) {
+          load(gram.at(row, col), gram.col_stride, std::min(p, row + 1 - col), matrix.at(row, col));
+        }
+      }
+    }
+  });
+  extend(matrix, n);
+}
+
+// Lower triangle of scale * A A^T, A = source [n, depth] of any dtype and stride.
+template <class T>
+void gram_of(const isa::Kernels<T>& kernels, const MatrixView& source, T scale, const BlockMatrix<T>& matrix,
+             int threads) {
+  const std::int64_t n = source.rows, p = matrix.panel, order = matrix.order;
+  const std::int64_t deepest = std::min(kBlock, source.cols);
+  Buffer<T> strips(order * deepest);
+  Buffer<T> panels(order * deepest);
+  threads = std::max(threads, 1);
+  Buffer<T> scratch(threads * kPackRows * deepest);
+  for (std::int64_t k = 0; k < matrix.blocks; ++k) {
+    std::fill(matrix.columns(k), matrix.columns(k + 1), T(0));
+  }
+  for (std::int64_t begin = 0; begin < source.cols; begin += deepest) {
+    const std::int64_t depth = std::min(deepest, source.cols - begin);
+    parallel_for(
+        order / kernels.group, useful_threads(n * depth, 1 << 16, threads), [&](std::int64_t task, int thread) {
+          const std::int64_t lane = task * kernels.group;
+          for (std::int64_t col = lane; col < lane + kernels.group; col += p) {
+            T* panel = panels.data() + col * depth;
+            if (col >= n) {
+              std::fill(panel, panel + depth * p, T(0));
+            } else {
+              pack_panel(kernels, source, col, begin, depth, panel, scratch.data() + thread * kPackRows * deepest);
+            }
+          }
+          kernels.panels_to_strips(depth, depth, panels.data() + lane * depth, strips.data() + lane * depth);
+        });
+    const auto panel_of = [&](std::int64_t col) { return panels.data() + col * depth; };
+    update_blocks(kernels, matrix, 0, 0, depth, strips.data(), panel_of, scale, threads);
+  }
+  extend(matrix, n);
+}
+
+// Adds lambda = damping * (trace of the first n elements of the diagonal) / cols to these elements.
+template <class T>
+double damp(const BlockMatrix<T>& matrix, std::int64_t n, std::int64_t cols, double damping) {
+  const auto diagonal = [&](std::int64_t j) -> T& {
+    return matrix.at(j, j / matrix.panel * matrix.panel)[j % matrix.panel];
+  };
+  double trace = 0;
+  for (std::int64_t j = 0; j < n; ++j) trace += static_cast<double>(diagonal(j));
+  const double lambda = damping * trace / static_cast<double>(cols);
+  for (std::int64_t j = 0; j < n; ++j) diagonal(j) = static_cast<T>(static_cast<double>(diagonal(j)) + lambda);
+  return lambda;
 }
 
 // Writes results as the dtype of `out` (contiguous float32 or float64).
@@ -165,59 +300,34 @@ void write_out(const TensorView& out, const F& value) {
   }
 }
 
-// Copies the lower triangle of `gram`; in reversed order of indices where `flip`.
-template <class T>
-void copy_lower(const isa::Kernels<T>& kernels, const MatrixView& gram, bool flip, T* matrix, int threads) {
-  const std::int64_t n = gram.rows;
-  const auto load = kernels.load[static_cast<int>(gram.dtype)];
-  threads = useful_threads(n * n / 2, 1 << 16, threads);
-  parallel_for(n, threads, [&](std::int64_t row, int) {
-    if (flip) {
-      // Element (row, col) of the reversed matrix is (n-1-row, n-1-col) of the other triangle, so (n-1-col, n-1-row).
-      load(gram.at(n - 1, n - 1 - row), -gram.row_stride, row + 1, matrix + row * n);
-    } else {
-      load(gram.at(row, 0), gram.col_stride, row + 1, matrix + row * n);
-    }
-  });
-}
-
 template <class T>
 InverseDiagonalResult dense(const TensorView& out, const MatrixView& given, bool is_gram, double scale, double damping,
                             DiagonalMode mode, int threads) {
   const isa::Kernels<T>& kernels = isa::active().kernels<T>();
   const std::int64_t n = given.cols;
   const bool flip = mode == DiagonalMode::pivot;
-  Buffer<T> matrix(n * n);
-  const MatrixView c = {matrix.data(), sizeof(T) == 4 ? DType::f32 : DType::f64, n, n, n, 1};
+  const BlockMatrix<T> matrix(kernels, n);
   if (is_gram) {
-    copy_lower(kernels, given, flip, matrix.data(), threads);
+    copy_lower(kernels, given, flip, matrix, threads);
   } else {
-    parallel_for(n, useful_threads(n * n, 1 << 16, threads),
-                 [&](std::int64_t row, int) { std::fill(&matrix[row * n], &matrix[row * n] + row + 1, T(0)); });
     MatrixView lanes = {given.data, given.dtype, n, given.rows, given.col_stride, given.row_stride};
     if (flip) {
       lanes.data = given.at(0, n - 1);
       lanes.row_stride = -given.col_stride;
     }
-    add_gram(kernels, lanes, static_cast<T>(scale), c, threads);
+    gram_of(kernels, lanes, static_cast<T>(scale), matrix, threads);
   }
 
   InverseDiagonalResult result;
-  result.lambda =
-      damping * mean_diagonal(c, [](const void* at) { return static_cast<double>(*static_cast<const T*>(at)); });
+  result.lambda = damp(matrix, n, n, damping);
   if (!std::isfinite(result.lambda)) {
     result.status = FactorStatus::non_finite;
     return result;
   }
   if (!(result.lambda > 0)) return result;
-  for (std::int64_t j = 0; j < n; ++j) {
-    T& diagonal = matrix[j * n + j];
-    diagonal = static_cast<T>(static_cast<double>(diagonal) + result.lambda);
-  }
 
-  Buffer<double> sums(n);
-  const Purpose purpose = flip ? Purpose::pivots : Purpose::inverse_norms;
-  result.status = eliminate(kernels, n, matrix.data(), purpose, sums.data(), threads);
+  Buffer<double> sums(matrix.order);
+  result.status = eliminate(kernels, matrix, flip ? Purpose::pivots : Purpose::inverse_norms, sums.data(), threads);
   if (result.status != FactorStatus::ok) return result;
   if (flip) {
     write_out(out, [&](std::int64_t j) { return 1.0 / (sums[n - 1 - j] * sums[n - 1 - j]); });
@@ -227,32 +337,32 @@ InverseDiagonalResult dense(const TensorView& out, const MatrixView& given, bool
   return result;
 }
 
-// Squared column norms of L^-1 x for a strip of columns of x: norms[j] for j in [first, first + width).
-void solve_strip(const isa::Kernels<double>& kernels, const MatrixView& x, const double* factor, std::int64_t first,
-                 std::int64_t width, double* rest, double* lanes, double* panel, double* pack_scratch, double* norms) {
-  const std::int64_t n = x.rows, p = kernels.panel, strip_panels = ceil_div(width, p), pitch = strip_panels * p;
+// norms[j] = |L^-1 x_j|^2 for the columns x_j of x in [first, first + width), L in strips as `eliminate` leaves it.
+// rest: order * width, rounded up to whole panels.
+void add_solved_squares(const isa::Kernels<double>& kernels, const BlockMatrix<double>& factor, const MatrixView& x,
+                        std::int64_t first, std::int64_t width, double* rest, double* norms) {
+  const std::int64_t p = kernels.panel, q = kernels.strip, order = factor.order, count = ceil_div(width, p);
   const auto load = kernels.load[static_cast<int>(x.dtype)];
-  for (std::int64_t row = 0; row < n; ++row) {
-    load(x.at(row, first), x.col_stride, width, rest + row * pitch);
-    std::fill(rest + row * pitch + width, rest + (row + 1) * pitch, 0.0);
-  }
-  std::fill(norms, norms + pitch, 0.0);
-  for (std::int64_t start = 0; start < n; start += kBlock) {
-    const std::int64_t size = std::min(kBlock, n - start), stop = start + size;
-    for (std::int64_t q = 0; q < strip_panels; ++q) {
-      double* solved = lanes + q * kBlock * p;
-      for (std::int64_t d = 0; d < size; ++d) {
-        const double* from = rest + (start + d) * pitch + q * p;
-        std::copy(from, from + p, solved + d * p);
-      }
-      kernels.solve(size, factor + start * n + start, n, solved);
-      kernels.add_lane_squares(size, solved, norms + q * p);
+  std::fill(rest, rest + count * p * order, 0.0);
+  for (std::int64_t row = 0; row < x.rows; ++row) {
+    for (std::int64_t lane = 0; lane < width; lane += p) {
+      load(x.at(row, first + lane), x.col_stride, std::min(p, width - lane), rest + lane * order + row * p);
     }
-    for (std::int64_t row = stop; row < n; row += p) {
-      pack_panel(kernels, {const_cast<double*>(factor), DType::f64, n, n, n, 1}, row, start, size, panel, pack_scratch);
-      for (std::int64_t q = 0; q < strip_panels; ++q) {
-        kernels.update(size, panel, lanes + q * kBlock * p, -1.0, std::min(p, n - row), p, n,
-                       rest + row * pitch + q * p, pitch);
+  }
+  for (std::int64_t k = 0; k < factor.blocks; ++k) {
+    const std::int64_t start = factor.start(k), size = factor.stop(k) - start;
+    const double* strips = factor.columns(k);
+    for (std::int64_t lane = 0; lane < width; lane += p) {
+      double* solved = rest + lane * order + start * p;
+      kernels.solve_strips(size, 0, strips, solved);
+      kernels.add_lane_squares(size, solved, norms + lane);
+    }
+    for (std::int64_t i = k + 1; i < factor.blocks; ++i) {
+      const std::int64_t row = factor.start(i), rows = factor.stop(i) - row;
+      for (std::int64_t lane = 0; lane < width; lane += p) {
+        double* panel = rest + lane * order;
+        kernels.multiply_strips(size, rows / q, strips + (row - start) * size, size * q, panel + start * p, -1.0,
+                                panel + row * p);
       }
     }
   }
@@ -265,37 +375,27 @@ InverseDiagonalResult low_rank(const TensorView& out, const MatrixView& x, doubl
   InverseDiagonalResult result;
   result.low_rank = true;
   if (tokens == 0) return result;  // G = 0, lambda = 0
-  Buffer<double> matrix(tokens * tokens);
-  for (std::int64_t row = 0; row < tokens; ++row)
-    std::fill(&matrix[row * tokens], &matrix[row * tokens] + row + 1, 0.0);
-  const MatrixView k = {matrix.data(), DType::f64, tokens, tokens, tokens, 1};
-  add_gram(kernels, x, scale, k, threads);
+  const BlockMatrix<double> matrix(kernels, tokens);
+  gram_of(kernels, x, scale, matrix, threads);
 
-  // trace(Y Y^T) = trace(Y^T Y), of which lambda takes the mean over columns.
-  const auto read = [](const void* at) { return *static_cast<const double*>(at); };
-  result.lambda = damping * mean_diagonal(k, read) * static_cast<double>(tokens) / static_cast<double>(cols);
+  result.lambda = damp(matrix, tokens, cols, damping);  // trace(Y Y^T) = trace(Y^T Y)
   if (!std::isfinite(result.lambda)) {
     result.status = FactorStatus::non_finite;
     return result;
   }
   if (!(result.lambda > 0)) return result;
-  for (std::int64_t t = 0; t < tokens; ++t) matrix[t * tokens + t] += result.lambda;
-  Buffer<double> pivots(tokens);
-  result.status = eliminate(kernels, tokens, matrix.data(), Purpose::factor, pivots.data(), threads);
+  Buffer<double> pivots(matrix.order);
+  result.status = eliminate(kernels, matrix, Purpose::factor, pivots.data(), threads);
   if (result.status != FactorStatus::ok) return result;
 
-  const std::int64_t strip = kStripPanels * p, strips = ceil_div(cols, strip);
-  threads = useful_threads(tokens * tokens * cols, kGrain, threads);
-  Buffer<double> norms(strips * strip);
-  Buffer<double> rest(threads * tokens * strip);
-  Buffer<double> lanes(threads * kStripPanels * kBlock * p);
-  Buffer<double> panel(threads * kBlock * p);
-  Buffer<double> pack_scratch(threads * kPackRows * kBlock);
+  const std::int64_t width = round_up(kStripLanes, p), strips = ceil_div(cols, width);
+  threads = useful_threads(tokens * tokens * cols / 2, kGrain, threads);
+  Buffer<double> norms(strips * width);
+  Buffer<double> rest(threads * matrix.order * width);
+  std::fill(norms.data(), norms.data() + strips * width, 0.0);
   parallel_for(strips, threads, [&](std::int64_t task, int thread) {
-    solve_strip(kernels, x, matrix.data(), task * strip, std::min(strip, cols - task * strip),
-                rest.data() + thread * tokens * strip, lanes.data() + thread * kStripPanels * kBlock * p,
-                panel.data() + thread * kBlock * p, pack_scratch.data() + thread * kPackRows * kBlock,
-                norms.data() + task * strip);
+    add_solved_squares(kernels, matrix, x, task * width, std::min(width, cols - task * width),
+                       rest.data() + thread * matrix.order * width, norms.data() + task * width);
   });
   for (std::int64_t j = 0; j < cols; ++j) {
     if (!(1.0 - scale * norms[j] > kLeastRemainder)) {

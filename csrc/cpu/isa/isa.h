@@ -48,10 +48,28 @@ struct Kernels {
   // The same with the sums over other depths added before alpha: carry [panel][panel], or null.
   void (*finish)(std::int64_t depth, const T* a, const T* b, T alpha, std::int64_t rows, std::int64_t cols,
                  std::int64_t reach, const T* carry, T* c, std::int64_t stride);
-  // Forward substitution in every lane: L y = x, L lower triangular of order `depth`, x and y in `lanes`.
-  void (*solve)(std::int64_t depth, const T* factor, std::int64_t stride, T* lanes);
   // sums[lane] += sum_d lanes[d][lane]^2 in double.
   void (*add_lane_squares)(std::int64_t depth, const T* lanes, double* sums);
+
+  // ---- Blocks of a factorisation: lanes also in strips, `strip` lanes side by side, [depth][strip]. ----
+  std::int64_t strip;
+  std::int64_t group;  // lanes that fill whole panels and whole strips
+
+  // c[s][i][j] += alpha * sum_d strips[s][d][i] panel[d][j] for s < count; c [count * strip][panel] contiguous; strips
+  // `pitch` elements apart.
+  void (*multiply_strips)(std::int64_t depth, std::int64_t count, const T* strips, std::int64_t pitch, const T* panel,
+                          T alpha, T* c);
+  // Forward substitution in every lane of a panel, L y = x, L lower triangular of order `depth` in strips; rows before
+  // `first`, a multiple of `strip`, are known to be zero.
+  void (*solve_strips)(std::int64_t depth, std::int64_t first, const T* strips, T* panel);
+  // Cholesky of a corner [panel][panel]: upper triangle U in and out, U^T U; what is below the diagonal is overwritten.
+  // Returns the number of pivots taken: less than `panel` where the next, left in its place, is not positive and finite.
+  std::int64_t (*factor_corner)(T* corner);
+  // Forward substitution with U^T in every lane of a panel of depth `panel`.
+  void (*solve_corner)(const T* corner, T* panel);
+  void (*transpose_square)(const T* from, T* to);  // [panel][panel]
+  // A group of lanes from panels to strips, both with room for `capacity` depths of which `depth` are copied.
+  void (*panels_to_strips)(std::int64_t depth, std::int64_t capacity, const T* panels, T* strips);
 };
 
 struct Table {

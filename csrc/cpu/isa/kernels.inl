@@ -23,6 +23,7 @@ namespace {
 #include "vectors.inl"
 #include "streams.inl"
 #include "panels.inl"
+#include "factor.inl"
 
 template <class T>
 constexpr Kernels<T> make_kernels() {
@@ -41,8 +42,15 @@ constexpr Kernels<T> make_kernels() {
       kPanelDepth<T>,
       update<T>,
       finish<T>,
-      solve<T>,
       add_lane_squares<T>,
+      kDown,
+      group_lanes<T>(),
+      multiply_strips<T>,
+      solve_strips<T>,
+      factor_corner<T>,
+      solve_corner<T>,
+      transpose_square<T>,
+      panels_to_strips<T>,
   };
 }
 

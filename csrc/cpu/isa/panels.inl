@@ -14,15 +14,15 @@ constexpr std::int64_t kFullDepth = 24576 / (kPanel<T> * static_cast<std::int64_
 template <class T>
 constexpr std::int64_t kPanelDepth = kFullDepth<T> < 256 ? kFullDepth<T> : 256;
 
-// kDown rows of one panel times the whole of the other, summed over depth in registers.  Each element is one chain of
-// multiply-adds in the order of depth: its value does not depend on where it stands in a tile.
-template <class T>
+// kDown lanes of one operand (`pitch` elements from depth to depth) times a panel, summed over depth in registers.  Each
+// element is one chain of multiply-adds in the order of depth: its value does not depend on where it stands in a tile.
+template <class T, std::int64_t pitch>
 HPA_INLINE void tile(std::int64_t depth, const T* a, const T* b, V<T> sum[kDown][kAcross]) {
   constexpr std::int64_t p = kPanel<T>;
   for (int i = 0; i < kDown; ++i)
     for (int v = 0; v < kAcross; ++v) sum[i][v] = V<T>{};
 #pragma GCC unroll 4
-  for (std::int64_t d = 0; d < depth; ++d, a += p, b += p) {
+  for (std::int64_t d = 0; d < depth; ++d, a += pitch, b += p) {
     V<T> across[kAcross];
 #pragma GCC unroll 8
     for (int v = 0; v < kAcross; ++v) across[v] = read(b + v * Vector<T>::width);
@@ -48,7 +48,7 @@ void finish(std::int64_t depth, const T* a, const T* b, T alpha, std::int64_t ro
       }
     }
     V<T> sum[kDown][kAcross];
-    tile<T>(depth, a + top, b, sum);
+    tile<T, p>(depth, a + top, b, sum);
     if (carry != nullptr) {
 #pragma GCC unroll 16
       for (int i = 0; i < kDown; ++i) {
@@ -79,50 +79,6 @@ template <class T>
 void update(std::int64_t depth, const T* a, const T* b, T alpha, std::int64_t rows, std::int64_t cols,
             std::int64_t reach, T* c, std::int64_t stride) {
   finish<T>(depth, a, b, alpha, rows, cols, reach, nullptr, c, stride);
-}
-
-// Four rows of the factor at a time, so that the sums over earlier rows are independent chains.
-template <class T>
-void solve(std::int64_t depth, const T* factor, std::int64_t stride, T* lanes) {
-  constexpr std::int64_t p = kPanel<T>, w = Vector<T>::width;
-  constexpr int kRows = 4;
-  std::int64_t top = 0;
-  for (; top + kRows <= depth; top += kRows) {
-    const T* l = factor + top * stride;
-    V<T> sum[kRows][kAcross];
-    for (int i = 0; i < kRows; ++i)
-      for (int v = 0; v < kAcross; ++v) sum[i][v] = read(lanes + (top + i) * p + v * w);
-    for (std::int64_t d = 0; d < top; ++d) {
-      V<T> known[kAcross];
-#pragma GCC unroll 8
-      for (int v = 0; v < kAcross; ++v) known[v] = read(lanes + d * p + v * w);
-#pragma GCC unroll 4
-      for (int i = 0; i < kRows; ++i) {
-        const V<T> element = spread(l[i * stride + d]);
-#pragma GCC unroll 8
-        for (int v = 0; v < kAcross; ++v) sum[i][v] -= element * known[v];
-      }
-    }
-    for (int i = 0; i < kRows; ++i) {
-      for (int k = 0; k < i; ++k) {
-        const V<T> element = spread(l[i * stride + top + k]);
-        for (int v = 0; v < kAcross; ++v) sum[i][v] -= element * sum[k][v];
-      }
-      const V<T> pivot = spread(l[i * stride + top + i]);
-      for (int v = 0; v < kAcross; ++v) {
-        sum[i][v] /= pivot;
-        write(lanes + (top + i) * p + v * w, sum[i][v]);
-      }
-    }
-  }
-  for (; top < depth; ++top) {
-    const T* l = factor + top * stride;
-    for (int v = 0; v < kAcross; ++v) {
-      V<T> sum = read(lanes + top * p + v * w);
-      for (std::int64_t d = 0; d < top; ++d) sum -= spread(l[d]) * read(lanes + d * p + v * w);
-      write(lanes + top * p + v * w, sum / spread(l[top]));
-    }
-  }
 }
 
 template <class T>
