@@ -29,6 +29,7 @@ from hpa_ext.ops import (
     orthonormalize_,
     project_,
 )
+from hpa_ext.threads import get_num_threads, num_threads
 
 __all__ = [
     "BackendError",
@@ -41,8 +42,10 @@ __all__ = [
     "accumulate_importance_",
     "balanced_mask",
     "change_statistics",
+    "get_num_threads",
     "inverse_diagonal",
     "merge_",
+    "num_threads",
     "orthonormalize_",
     "project_",
 ]

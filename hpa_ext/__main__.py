@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hpa_ext import __version__, backend, cpu
+from hpa_ext import __version__, backend, threads
 
 
 def describe() -> list[tuple[str, str]]:
@@ -33,7 +33,7 @@ def describe() -> list[tuple[str, str]]:
             ("OpenMP", f"{build['openmp']}; in use: {module.thread_runtime()}"),
             ("CUDA", build["cuda"]),
             ("instruction sets", f"{', '.join(module.available_isas())}; in use: {module.isa()} (HPA_ISA)"),
-            ("threads", f"{cpu.num_threads()} (HPA_NUM_THREADS, else torch's setting)"),
+            ("threads", f"{threads.get_num_threads()} (HPA_NUM_THREADS, else torch's setting)"),
         ]
     lines.append(("backends", ", ".join(backend.BACKENDS)))
     forced = os.environ.get("HPA_BACKEND")

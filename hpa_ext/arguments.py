@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import cache
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import Any, Protocol, SupportsIndex, TypeAlias, runtime_checkable
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ __all__ = [
     "FLOATS",
     "SupportsDLPack",
     "TensorLike",
+    "as_count",
     "as_number",
     "as_tensor",
     "as_tensor_list",
@@ -94,6 +95,16 @@ def as_tensor(
 def as_tensor_list(name: str, value: Any, *, writable: bool = False) -> list[Tensor]:
     """Like :func:`as_tensor`, for a list or tuple of tensors of any shapes."""
     return [as_tensor(f"{name}[{i}]", item, writable=writable) for i, item in enumerate(value)]
+
+
+def as_count(name: str, value: SupportsIndex, minimum: int = 0) -> int:
+    """Returns ``value`` as an int that is at least ``minimum``."""
+    if isinstance(value, bool) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name}: expected a whole number, got {value!r}")
+    count = value.__index__()
+    if count < minimum:
+        raise ValueError(f"{name}: expected a whole number >= {minimum}, got {value!r}")
+    return count
 
 
 def as_number(name: str, value: float, *, minimum: float | None = None, strictly: bool = False) -> float:

@@ -6,12 +6,11 @@ releases the GIL while it works.
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 
 from hpa_ext.backend import extension
+from hpa_ext.threads import get_num_threads
 
 __all__ = [
     "accumulate_gram_",
@@ -20,27 +19,13 @@ __all__ = [
     "change_statistics",
     "inverse_diagonal",
     "merge_",
-    "num_threads",
     "orthonormalize_",
     "project_",
 ]
 
 
-def num_threads() -> int:
-    """Threads a call may use: ``HPA_NUM_THREADS``, else torch's own setting (which follows ``OMP_NUM_THREADS``).
-
-    Following torch keeps data loader workers and ``torch.set_num_threads`` from being oversubscribed.
-    """
-    forced = os.environ.get("HPA_NUM_THREADS")
-    if not forced:
-        return torch.get_num_threads()
-    if not forced.isdecimal() or int(forced) == 0:
-        raise ValueError(f"HPA_NUM_THREADS: expected a positive whole number, got {forced!r}")
-    return int(forced)
-
-
 def accumulate_gram_(gram: Tensor, x: Tensor, scale: float) -> None:
-    extension().accumulate_gram_(gram, x, scale, num_threads())
+    extension().accumulate_gram_(gram, x, scale, get_num_threads())
     _written(gram)
 
 
@@ -50,8 +35,8 @@ def inverse_diagonal(
     given = gram if gram is not None else activations
     assert given is not None
     dtype = torch.float64 if given.dtype == torch.float64 else torch.float32
-    out = torch.empty(given.shape[1], dtype=dtype)
-    status, lam, route = extension().inverse_diagonal(out, gram, activations, scale, damping, mode, num_threads())
+    out = torch.empty(given.shape[1], dtype=dtype, device="cpu")
+    status, lam, route = extension().inverse_diagonal(out, gram, activations, scale, damping, mode, get_num_threads())
     if status == "non_finite":
         raise ValueError(f"{'gram' if gram is not None else 'activations'}: contains NaN or Inf")
     return (out if status == "ok" else None), lam, route
@@ -60,15 +45,15 @@ def inverse_diagonal(
 def accumulate_importance_(
     importance: list[Tensor], grads: list[Tensor], weights: list[Tensor] | None, kind: str
 ) -> None:
-    extension().accumulate_importance_(importance, grads, weights or [], num_threads())
+    extension().accumulate_importance_(importance, grads, weights or [], get_num_threads())
     _written(*importance)
 
 
 def change_statistics(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
     dtype = torch.float64 if before.dtype == torch.float64 else torch.float32
-    column_change = torch.empty(before.shape[1], dtype=dtype)
-    scalars = torch.empty(3, dtype=torch.float64)
-    extension().change_statistics(column_change, scalars, before, after, num_threads())
+    column_change = torch.empty(before.shape[1], dtype=dtype, device="cpu")
+    scalars = torch.empty(3, dtype=torch.float64, device="cpu")
+    extension().change_statistics(column_change, scalars, before, after, get_num_threads())
     return column_change, scalars
 
 
@@ -84,7 +69,7 @@ def balanced_mask(
     overflow: str,
     phi_norm: str,
 ) -> tuple[Tensor, float, float, int, int, int]:
-    mask = torch.empty(safety.shape[0], dtype=torch.bool)
+    mask = torch.empty(safety.shape[0], dtype=torch.bool, device="cpu")
     numbers = extension().balanced_mask(
         mask, safety, task, keep, focus, *alpha, mode, alpha_mode, alpha_sign, overflow, phi_norm
     )
@@ -92,17 +77,17 @@ def balanced_mask(
 
 
 def merge_(after: Tensor, before: Tensor, mask: Tensor, projection: float) -> None:
-    extension().merge_(after, before, mask, projection, num_threads())
+    extension().merge_(after, before, mask, projection, get_num_threads())
     _written(after)
 
 
 def project_(grads: list[Tensor], basis: list[Tensor], passes: int) -> None:
-    extension().project_(grads, basis, passes, num_threads())
+    extension().project_(grads, basis, passes, get_num_threads())
     _written(*grads)
 
 
 def orthonormalize_(vectors: Tensor, basis: Tensor | None, rtol: float) -> int:
-    kept, bad_row = extension().orthonormalize_(vectors, basis, rtol, num_threads())
+    kept, bad_row = extension().orthonormalize_(vectors, basis, rtol, get_num_threads())
     if bad_row >= 0:
         raise ValueError(f"vectors: row {bad_row} contains NaN or Inf")
     _written(vectors)

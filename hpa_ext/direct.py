@@ -15,7 +15,7 @@ from typing import Any, TypeAlias
 
 import torch
 
-from hpa_ext import backend, cpu
+from hpa_ext import backend, threads
 
 __all__ = [
     "accumulate_gram_",
@@ -47,7 +47,7 @@ def _connect() -> Callable[[str], _Entry]:
             increment_version=torch._C._increment_version,
             dispatch_modes=torch._C._len_torch_dispatch_stack,
             function_modes=torch._C._is_torch_function_mode_enabled,
-            num_threads=cpu.num_threads,
+            num_threads=threads.get_num_threads,
         )
     except (backend.BackendError, AttributeError):
         connected = False  # the checked path raises BackendError, at the first call that needs the module

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, SupportsIndex, TypeVar, cast
+from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from hpa_ext import backend as backends
 from hpa_ext import direct
 from hpa_ext.arguments import (
     TensorLike,
+    as_count,
     as_number,
     as_tensor,
     as_tensor_list,
@@ -398,7 +399,7 @@ def balanced_mask(
     check_same_shape("task", task_tensor, "safety", safety_tensor)
     check_same_device("task", task_tensor, "safety", safety_tensor)
     cols = safety_tensor.shape[0]
-    keep, focus = _as_count("keep", keep), _as_count("focus", focus)
+    keep, focus = as_count("keep", keep), as_count("focus", focus)
     if not keep <= focus <= cols:
         raise ValueError(f"focus: expected keep <= focus <= cols, got keep {keep}, focus {focus}, cols {cols}")
     try:
@@ -498,7 +499,7 @@ def project_(
         return grads
     if backend is None and direct.project_(grads, basis, passes):
         return grads
-    passes = _as_count("passes", passes, minimum=1)
+    passes = as_count("passes", passes, minimum=1)
     if isinstance(grads, (list, tuple)):
         if not isinstance(basis, (list, tuple)) or len(basis) != len(grads):
             raise ValueError(f"basis: expected a list of {len(grads)} tensors like grads, got {_describe(basis)}")
@@ -622,15 +623,6 @@ def _trace_accumulate_importance(importance: Any, grads: Any, weights: Any, kind
 def _check_square(name: str, tensor: Tensor) -> None:
     if tensor.shape[0] != tensor.shape[1]:
         raise ValueError(f"{name}: expected a square matrix [cols, cols], got {tuple(tensor.shape)}")
-
-
-def _as_count(name: str, value: SupportsIndex, minimum: int = 0) -> int:
-    if isinstance(value, bool) or not hasattr(value, "__index__"):
-        raise TypeError(f"{name}: expected a whole number, got {value!r}")
-    count = value.__index__()
-    if count < minimum:
-        raise ValueError(f"{name}: expected a whole number >= {minimum}, got {value!r}")
-    return count
 
 
 def _as_list(name: str, value: Any, length: int) -> list[Any]:

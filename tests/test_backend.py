@@ -7,10 +7,9 @@ from types import ModuleType
 
 import pytest
 import torch
-from kernel_cases import normal
 
 import hpa_ext
-from hpa_ext import backend, cpu
+from hpa_ext import backend
 
 
 @pytest.fixture
@@ -86,22 +85,6 @@ def test_a_module_of_another_version_is_refused(
         hpa_ext.change_statistics(torch.zeros(1, 1), torch.zeros(1, 1))
 
 
-def test_threads_follow_torch_unless_the_environment_says_otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("HPA_NUM_THREADS", raising=False)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(3)
-        assert cpu.num_threads() == 3
-    finally:
-        torch.set_num_threads(before)
-    monkeypatch.setenv("HPA_NUM_THREADS", "5")
-    assert cpu.num_threads() == 5
-    for wrong in ("0", "-1", "two"):
-        monkeypatch.setenv("HPA_NUM_THREADS", wrong)
-        with pytest.raises(ValueError, match="^HPA_NUM_THREADS: expected a positive whole number, got"):
-            hpa_ext.change_statistics(torch.zeros(1, 1), torch.zeros(1, 1))
-
-
 def test_instruction_sets_can_be_chosen_and_unknown_ones_raise(isa: str) -> None:
     extension = backend.extension()
     assert extension.isa() == isa
@@ -109,13 +92,3 @@ def test_instruction_sets_can_be_chosen_and_unknown_ones_raise(isa: str) -> None
     with pytest.raises(ValueError, match="^isa: expected one of 'baseline'.*, got 'avx1024'"):
         extension.select_isa("avx1024")
     assert extension.isa() == isa
-
-
-def test_calls_from_several_python_threads_do_not_disturb_each_other() -> None:
-    from concurrent.futures import ThreadPoolExecutor
-
-    before = [normal(200, 300, seed=i) for i in range(8)]
-    expected = [hpa_ext.change_statistics(b, b + 1).column_change for b in before]
-    with ThreadPoolExecutor(4) as pool:
-        results = list(pool.map(lambda b: hpa_ext.change_statistics(b, b + 1).column_change, before))
-    assert all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))

@@ -7,9 +7,12 @@
 #include "parallel.h"
 
 #include <dlfcn.h>
+#include <pthread.h>
 #include <sched.h>
 
+#include <system_error>
 #include <thread>
+#include <vector>
 
 namespace hpa::parallel {
 namespace {
@@ -40,12 +43,33 @@ const Runtime& runtime_in_use() {
   return found;
 }
 
+// A runtime's pool does not survive fork(): in the child it would wait for threads that are gone, for ever.
+std::atomic<bool> is_forked_child{false};
+[[maybe_unused]] const int watches_forks =
+    pthread_atfork(nullptr, nullptr, [] { is_forked_child.store(true, std::memory_order_relaxed); });
+
+// A team for this call alone; starting it takes some ten microseconds a thread.
+void run_new_team(int threads, void (*body)(void*), void* context) {
+  std::vector<std::thread> others;
+  try {
+    for (int i = 1; i < threads; ++i) others.emplace_back(body, context);
+  } catch (const std::system_error&) {
+    // No more threads to be had: those that started, and this one, do the work.
+  }
+  body(context);
+  for (std::thread& other : others) other.join();
+}
+
 }  // namespace
 
 void run_team(int threads, void (*body)(void*), void* context) {
   const Parallel start = runtime_in_use().parallel;
   if (start == nullptr || threads <= 1) {
     body(context);
+    return;
+  }
+  if (is_forked_child.load(std::memory_order_relaxed)) {
+    run_new_team(threads, body, context);
     return;
   }
   start(body, context, static_cast<unsigned>(threads), 0);
