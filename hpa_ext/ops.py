@@ -318,9 +318,9 @@ def change_statistics(before: TensorLike, after: TensorLike, *, backend: str | N
     Raises:
         TypeError, ValueError: see the module.
 
-    Differences are taken in float32 (float64 for float64). Columns are summed in float32 over at most 16 rows at a
-    time and in float64 beyond; the three scalars in float64. Blocks have a fixed size: bit-reproducible for any number
-    of threads on one machine. NaN and Inf spread to their column and to the scalars.
+    Differences and products are taken in float32 (float64 for float64) and summed in it over 8 rows, beyond in float64.
+    Blocks have a fixed size: bit-reproducible for any number of threads on one machine. NaN and Inf spread to their
+    column and to the scalars.
     """
     if is_compiling():
         column_change, scalars = torch.ops.hpa_ext.change_statistics(before, after, backend)

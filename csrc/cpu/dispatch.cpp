@@ -18,7 +18,7 @@ std::vector<Candidate> candidates() {
   std::vector<Candidate> all = {{&baseline_table, true}};
 #ifdef HPA_X86_ISA
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
   all.push_back({&avx2_table, avx2});

@@ -35,9 +35,6 @@ struct Kernels {
   void (*add_squares)(const T* g, std::int64_t count, T* total);
   void (*add_abs_products)(const T* g, const T* w, std::int64_t count, T* total);
 
-  // change = after - before; column += change^2 in T; sums += { change * before, before^2, change^2 } in double.
-  void (*change)(const T* before, const T* after, std::int64_t count, T* column, double sums[3]);
-
   // ---- Dense algebra on packed panels: `panel` lanes side by side, [depth][panel]. ----
   std::int64_t panel;
   std::int64_t depth;  // of one sum in registers: two panels stay in the first-level cache
@@ -76,6 +73,12 @@ struct Table {
   const char* name;
   Kernels<float> f32;
   Kernels<double> f64;
+
+  // For weights [rows, cols] of each dtype, columns side by side, row strides in elements, with change = after - before:
+  // column[j] += sum_i change[i, j]^2,  sums += { <change, before>, |before|^2 }.
+  using Change = void (*)(const void* before, std::int64_t before_stride, const void* after, std::int64_t after_stride,
+                          std::int64_t rows, std::int64_t cols, double* column, double sums[2]);
+  Change change[kFloatTypes];
 
   // One row of hpa::merge, contiguous, for each dtype; kept elements are copied bit by bit.
   using Merge = void (*)(void* after, const void* before, const std::uint8_t* mask, double projection,

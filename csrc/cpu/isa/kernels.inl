@@ -11,6 +11,10 @@
 #include <cstdint>
 #include <cstring>
 
+#ifdef __AVX2__
+#include <immintrin.h>
+#endif
+
 #include "isa.h"
 
 namespace hpa::isa {
@@ -37,7 +41,6 @@ constexpr Kernels<T> make_kernels() {
       sum_of_squares<T>,
       add_squares<T>,
       add_abs_products<T>,
-      change<T>,
       kPanel<T>,
       kPanelDepth<T>,
       update<T>,
@@ -63,6 +66,10 @@ const Table HPA_ISA_TABLE = {
     HPA_ISA_NAME,
     HPA_ISA_NAMESPACE::make_kernels<float>(),
     HPA_ISA_NAMESPACE::make_kernels<double>(),
+    {HPA_ISA_NAMESPACE::change<HPA_ISA_NAMESPACE::F32, float>,
+     HPA_ISA_NAMESPACE::change<HPA_ISA_NAMESPACE::F64, double>,
+     HPA_ISA_NAMESPACE::change<HPA_ISA_NAMESPACE::Bf16, float>,
+     HPA_ISA_NAMESPACE::change<HPA_ISA_NAMESPACE::F16, float>},
     {HPA_ISA_NAMESPACE::merge<HPA_ISA_NAMESPACE::F32, float>, HPA_ISA_NAMESPACE::merge<HPA_ISA_NAMESPACE::F64, double>,
      HPA_ISA_NAMESPACE::merge<HPA_ISA_NAMESPACE::Bf16, float>, HPA_ISA_NAMESPACE::merge<HPA_ISA_NAMESPACE::F16, float>},
 };

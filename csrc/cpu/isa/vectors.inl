@@ -20,6 +20,72 @@ template <class T>
 HPA_INLINE void write(T* to, V<T> value) {
   *reinterpret_cast<typename Vector<T>::loose*>(to) = value;
 }
+
+// ---- Registers from storage ----
+
+typedef std::uint16_t Halves __attribute__((vector_size(HPA_VECTOR_BYTES / 2)));
+typedef std::uint16_t LooseHalves __attribute__((vector_size(HPA_VECTOR_BYTES / 2), aligned(2), may_alias));
+typedef std::uint32_t Words __attribute__((vector_size(HPA_VECTOR_BYTES)));
+
+HPA_INLINE Halves read_halves(const std::uint16_t* from) { return *reinterpret_cast<const LooseHalves*>(from); }
+HPA_INLINE V<float> from_words(Words bits) { return __builtin_bit_cast(V<float>, bits); }
+
+// Of the AVX-512 intrinsics the ones with a mask: GCC warns of the undefined register inside the others.
+template <class Format>
+HPA_INLINE V<float> widen_halves(Halves bits);
+
+template <>
+HPA_INLINE V<float> widen_halves<Bf16>(Halves bits) {
+// GCC 12 converts vectors of 16-bit integers by halves.
+#if HPA_VECTOR_BYTES == 64 && defined(__AVX512F__)
+  const Words words = __builtin_bit_cast(Words, _mm512_maskz_cvtepu16_epi32(0xffff, __builtin_bit_cast(__m256i, bits)));
+#elif HPA_VECTOR_BYTES == 32 && defined(__AVX2__)
+  const Words words = __builtin_bit_cast(Words, _mm256_cvtepu16_epi32(__builtin_bit_cast(__m128i, bits)));
+#else
+  const Words words = __builtin_convertvector(bits, Words);
+#endif
+  return from_words(words << 16);
+}
+
+template <>
+HPA_INLINE V<float> widen_halves<F16>(Halves bits) {
+#if HPA_VECTOR_BYTES == 64 && defined(__AVX512F__)
+  return _mm512_maskz_cvtph_ps(0xffff, __builtin_bit_cast(__m256i, bits));
+#elif HPA_VECTOR_BYTES == 32 && defined(__F16C__)
+  return _mm256_cvtph_ps(__builtin_bit_cast(__m128i, bits));
+#else
+  V<float> value;
+  for (std::int64_t i = 0; i < Vector<float>::width; ++i) value[i] = F16::widen(bits[i]);
+  return value;
+#endif
+}
+
+HPA_INLINE void widen_floats(V<float> value, V<double> wide[2]) {
+#if HPA_VECTOR_BYTES == 64 && defined(__AVX512F__)
+  wide[0] = _mm512_maskz_cvtps_pd(0xff, __builtin_shufflevector(value, value, 0, 1, 2, 3, 4, 5, 6, 7));
+  wide[1] = _mm512_maskz_cvtps_pd(0xff, __builtin_shufflevector(value, value, 8, 9, 10, 11, 12, 13, 14, 15));
+#elif HPA_VECTOR_BYTES == 32 && defined(__AVX2__)
+  wide[0] = _mm256_cvtps_pd(__builtin_shufflevector(value, value, 0, 1, 2, 3));
+  wide[1] = _mm256_cvtps_pd(__builtin_shufflevector(value, value, 4, 5, 6, 7));
+#else
+  for (int half = 0; half < 2; ++half) {
+    for (int i = 0; i < Vector<double>::width; ++i) {
+      wide[half][i] = static_cast<double>(value[Vector<double>::width * half + i]);
+    }
+  }
+#endif
+}
+
+// A register of T from as many stored elements.
+template <class Format, class T>
+HPA_INLINE V<T> read_wide(const typename Format::Bits* from) {
+  if constexpr (sizeof(typename Format::Bits) == sizeof(T)) {
+    return read(from);
+  } else {
+    return widen_halves<Format>(read_halves(from));
+  }
+}
+
 // `value - 0` is `value`, so the compiler leaves the subtraction out; `0 + value` it would have to compute, for -0.
 template <class T>
 HPA_INLINE V<T> spread(T value) {
