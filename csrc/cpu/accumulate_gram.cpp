@@ -1,14 +1,14 @@
 // gram[i, j] += scale * sum_t x[t, i] x[t, j],  j <= i                     gram [cols, cols], x [tokens, cols]
 //
 // Arithmetic   in the dtype of gram (float32, float64); x is widened while it is packed.  A product of two bfloat16 or
-//              float16 values is exact in float32.  At most 256 tokens are summed in registers, these sums in scratch up
-//              to 1024 tokens, and those are scaled and added to gram: rounding grows with 260 + tokens / 1024 terms, not
-//              with tokens.  The scale is applied to sums, so that bfloat16 activations are not rounded a second time.
-// Bytes moved  x once (minimum: once).  The lower half of gram is read and written once for each 1024 tokens (minimum:
-//              once a call); at 4096 columns that is 64 MB beside 8.6 billion multiply-adds.
-// Scratch      1024 * cols of packed x.
-// Design       The product is symmetric: x is packed once and serves as both operands, and only blocks on or below the
-//              diagonal are computed, half the work of a full product.  Each element of gram has one owner and a fixed
+//              float16 values is exact in float32.  At most 256 tokens are summed in registers, two such sums in
+//              scratch, and those are scaled and added to gram: rounding grows with 258 + tokens / 512 terms, not with
+//              tokens.  The scale is applied to sums, so that bfloat16 activations are not rounded a second time.
+// Bytes moved  x once (minimum: once).  The lower half of gram is read and written once for each 512 tokens (minimum:
+//              once a call); at 4096 columns that is 64 MB beside 4.3 billion multiply-adds.
+// Scratch      512 * cols of x, packed twice.
+// Design       The product is symmetric: x serves as both operands, and only blocks on or below the diagonal are
+//              computed, half the work of a full product (panels.h).  Each element of gram has one owner and a fixed
 //              order of summation, so the result does not depend on the number of threads.
 #include "hpa/check.h"
 #include "hpa/kernels.h"
@@ -26,9 +26,9 @@ void accumulate_gram(const TensorView& gram, const TensorView& x, double scale, 
   const MatrixView lanes = {rows.data, rows.dtype, rows.cols, rows.rows, rows.col_stride, rows.row_stride};
   const isa::Table& table = isa::active();
   if (c.dtype == DType::f32) {
-    add_gram(table.f32, lanes, static_cast<float>(scale), c, threads);
+    add_gram(table.f32.product, lanes, static_cast<float>(scale), c, threads);
   } else {
-    add_gram(table.f64, lanes, scale, c, threads);
+    add_gram(table.f64.product, lanes, scale, c, threads);
   }
 }
 

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "buffer.h"
 #include "hpa/tensor_view.h"
@@ -19,13 +20,12 @@ namespace hpa {
 // panels to stay in the second-level cache.  It also bounds the length of a plain sum.
 inline constexpr std::int64_t kDepth = 256;
 
-// Blocks of kDepth that are summed in scratch before the result is touched.
-inline constexpr std::int64_t kStack = 4;
+// Entries that are packed before the result is touched.
+inline constexpr std::int64_t kSweep = 512;
+
+inline constexpr std::int64_t kPackPanels = 8;
 
 inline constexpr std::int64_t kPackRows = 8;
-
-// Side of the largest block of a product: its panels and its sums take 150 to 200 KB each of a second-level cache.
-inline constexpr std::int64_t kBlockBytes = 768;
 
 constexpr std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
@@ -59,49 +59,59 @@ void pack_panel(const isa::Kernels<T>& kernels, const MatrixView& source, std::i
   }
 }
 
-// Lower triangle of C += alpha * A A^T from row `first_row` and column `first_col` on (multiples of the panel), A packed
-// in `panels` with `depth` and n lanes.  Square blocks of C are tasks; every element has one owner and one order of sums.
+// A depth cut into equal steps of at most `longest`, each a multiple of `round` but for the last.
+struct Steps {
+  std::int64_t depth, step;
+
+  Steps(std::int64_t whole, std::int64_t longest, std::int64_t round)
+      : depth(whole), step(ceil_div(ceil_div(whole, ceil_div(whole, longest)), round) * round) {}
+  std::int64_t count() const { return ceil_div(depth, step); }
+  std::int64_t start(std::int64_t k) const { return k * step; }
+  std::int64_t size(std::int64_t k) const { return std::min(step, depth - k * step); }
+};
+
+// Lower triangle of C += alpha * A A^T.  A, n lanes, is packed step after step in `right` and `left`, every step panel
+// after panel.  Square blocks of C are tasks; every element has one owner and
+// one order of sums.
 //
-// A task goes through the depth in steps of kernels.depth.  In a step one panel stays in the first-level cache while
-// all panels of the block's rows, which stay in the second-level cache, are multiplied with it: two panels are fetched
-// from further away for each `block` products.  Sums of all steps but the last wait in scratch, so that C, which comes
+// In a step one panel of `right` stays in the first-level cache while all of the block's `left`, which stays in the
+// second-level cache, is multiplied with it.  Sums of all steps but the last wait in scratch, so that C, which comes
 // from memory, is read and written once a call.
-template <class T>
-void add_symmetric_product(const isa::Kernels<T>& kernels, const T* panels, std::int64_t depth, std::int64_t n,
-                           std::int64_t first_row, std::int64_t first_col, T alpha, const MatrixView& c, int threads) {
-  const std::int64_t p = kernels.panel;
-  const std::int64_t count = ceil_div(n, p), row_panel = first_row / p, col_panel = first_col / p;
-  if (row_panel >= count) return;
-  const std::int64_t largest = kBlockBytes / static_cast<std::int64_t>(sizeof(T)) / p;
-  const std::int64_t block = std::clamp<std::int64_t>(count / 8, 1, largest);
-  const std::int64_t row_blocks = ceil_div(count - row_panel, block);
-  const std::int64_t col_blocks = ceil_div(count - col_panel, block);
+template <class E, class T>
+void add_blocks(const isa::Product<E, T>& product, const E* right, const E* left, const Steps& steps, std::int64_t n,
+                T alpha, const MatrixView& c, int threads) {
+  const std::int64_t p = product.panel, count = ceil_div(n, p);
+  const std::int64_t block = std::clamp<std::int64_t>(count / 8, 1, product.block / p);
+  const std::int64_t blocks = ceil_div(count, block);
   const bool adjacent = c.col_stride == 1;
-  const bool carries = !adjacent || depth > kernels.depth;
+  const bool carries = !adjacent || steps.count() > 1;
   Buffer<T> scratch(carries ? threads * block * block * p * p : 0);
 
-  parallel_for(row_blocks * col_blocks, threads, [&](std::int64_t task, int thread) {
+  parallel_for(blocks * blocks, threads, [&](std::int64_t task, int thread) {
     // Long rows first: the last tasks are short ones.
-    const std::int64_t row_block = row_blocks - 1 - task / col_blocks, col_block = task % col_blocks;
-    const std::int64_t i0 = row_panel + row_block * block, i1 = std::min(i0 + block, count);
-    const std::int64_t j0 = col_panel + col_block * block, j1 = std::min(j0 + block, count);
-    for (std::int64_t start = 0; start < depth; start += kernels.depth) {
-      const std::int64_t step = std::min(kernels.depth, depth - start);
+    const std::int64_t row_block = blocks - 1 - task / blocks, col_block = task % blocks;
+    const std::int64_t i0 = row_block * block, i1 = std::min(i0 + block, count);
+    const std::int64_t j0 = col_block * block, j1 = std::min(j0 + block, count);
+    if (j0 >= i1) return;
+    if (product.open != nullptr) product.open();
+    for (std::int64_t k = 0; k < steps.count(); ++k) {
+      const std::int64_t depth = steps.size(k), base = steps.start(k) * count;
+      const bool last = k + 1 == steps.count();
       for (std::int64_t j = j0; j < j1; ++j) {
         for (std::int64_t i = std::max(i0, j); i < i1; ++i) {
-          const std::int64_t rows = std::min(p, n - i * p), cols = std::min(p, n - j * p);
-          const T *a = panels + (i * depth + start) * p, *b = panels + (j * depth + start) * p;
+          const E *a = left + (base + i * depth) * p, *b = right + (base + j * depth) * p;
           T* carry = scratch.data() + ((thread * block + j - j0) * block + i - i0) * p * p;
-          if (adjacent && start + step == depth) {
-            kernels.finish(step, a, b, alpha, rows, cols, (i - j) * p, start > 0 ? carry : nullptr,
-                           static_cast<T*>(c.at(i * p, j * p)), c.row_stride);
+          if (adjacent && last) {
+            product.multiply(depth, a, b, alpha, std::min(p, n - i * p), std::min(p, n - j * p), (i - j) * p,
+                             k > 0 ? carry : nullptr, static_cast<T*>(c.at(i * p, j * p)), c.row_stride);
           } else {
-            if (start == 0) std::fill(carry, carry + p * p, T(0));
-            kernels.update(step, a, b, T(1), p, p, p, carry, p);
+            if (k == 0) std::fill(carry, carry + p * p, T(0));
+            product.multiply(depth, a, b, T(1), p, p, p, nullptr, carry, p);
           }
         }
       }
     }
+    if (product.close != nullptr) product.close();
     if (adjacent) return;
     for (std::int64_t j = j0; j < j1; ++j) {
       for (std::int64_t i = std::max(i0, j); i < i1; ++i) {
@@ -116,22 +126,34 @@ void add_symmetric_product(const isa::Kernels<T>& kernels, const T* panels, std:
   });
 }
 
-// Lower triangle of C += alpha * A A^T for A = source [n, depth] of any dtype and stride.
-template <class T>
-void add_gram(const isa::Kernels<T>& kernels, const MatrixView& source, T alpha, const MatrixView& c, int threads) {
-  const std::int64_t p = kernels.panel, n = source.rows, count = ceil_div(n, p);
-  const std::int64_t deepest = std::min(kStack * kDepth, source.cols);
-  if (n == 0 || deepest == 0) return;
+// Lower triangle of C += alpha * A A^T for A = source [n, depth] of any dtype that the product packs, any stride.
+template <class E, class T>
+void add_gram(const isa::Product<E, T>& product, const MatrixView& source, T alpha, const MatrixView& c, int threads) {
+  constexpr std::int64_t values = std::is_same_v<E, T> ? 1 : 2;  // of an entry
+  const std::int64_t p = product.panel, n = source.rows, count = ceil_div(n, p),
+                     entries = ceil_div(source.cols, values);
+  if (n == 0 || entries == 0) return;
   threads = useful_threads(n * n / 2 * source.cols, 1 << 20, threads);
-  Buffer<T> panels(count * deepest * p);
-  Buffer<T> scratch(threads * kPackRows * deepest);
-  for (std::int64_t start = 0; start < source.cols; start += deepest) {
-    const std::int64_t depth = std::min(deepest, source.cols - start);
-    parallel_for(count, threads, [&](std::int64_t i, int thread) {
-      pack_panel(kernels, source, i * p, start, depth, panels.data() + i * depth * p,
-                 scratch.data() + thread * kPackRows * deepest);
+  const auto pack = product.pack[static_cast<int>(source.dtype)];
+  const Steps sweeps(entries, kSweep, product.round);
+  const std::int64_t size = count * p * sweeps.step;
+  Buffer<E> right(size), left(size);
+  for (std::int64_t sweep = 0; sweep < sweeps.count(); ++sweep) {
+    const std::int64_t first = sweeps.start(sweep);
+    const Steps steps(ceil_div(sweeps.size(sweep), product.round) * product.round, product.depth, product.round);
+    const std::int64_t groups = ceil_div(count, kPackPanels);
+    parallel_for(groups * steps.count(), threads, [&](std::int64_t task, int) {
+      const std::int64_t k = task / groups, panel = task % groups * kPackPanels;
+      const std::int64_t panels = std::min(kPackPanels, count - panel), lanes = std::min(panels * p, n - panel * p);
+      const std::int64_t depth = steps.size(k), start = (first + steps.start(k)) * values;
+      const std::int64_t at = (steps.start(k) * count + panel * depth) * p;
+      pack(source.at(panel * p, start), source.row_stride, source.col_stride, lanes,
+           std::min(depth * values, source.cols - start), right.data() + at, depth * p);
+      for (std::int64_t i = 0; i < panels; ++i) {
+        product.turn(depth, right.data() + at + i * depth * p, left.data() + at + i * depth * p);
+      }
     });
-    add_symmetric_product(kernels, panels.data(), depth, n, 0, 0, alpha, c, threads);
+    add_blocks(product, right.data(), left.data(), steps, n, alpha, c, threads);
   }
 }
 

@@ -18,7 +18,7 @@ void multiply_strips(std::int64_t depth, std::int64_t count, const T* strips, st
   const V<T> factor = spread(alpha);
   for (std::int64_t s = 0; s < count; ++s, strips += pitch, c += kDown * p) {
     V<T> sum[kDown][kAcross];
-    tile<T, kDown>(depth, strips, panel, sum);
+    tile<Elements<T>, kDown>(depth, strips, panel, sum);
 #pragma GCC unroll 16
     for (int i = 0; i < kDown; ++i) {
 #pragma GCC unroll 8

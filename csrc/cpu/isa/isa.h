@@ -13,6 +13,35 @@
 
 namespace hpa::isa {
 
+// C += alpha * A A^T on packed operands, sums in T.  An entry E of the depth is one element (E = T), or a pair of
+// bfloat16 values that lie one after the other in the depth (E = std::uint32_t).
+//
+// A is packed twice.  As the right operand in panels, `panel` lanes side by side: [depth][panel].  As the left operand
+// in the order in which a tile reads its rows, which is the implementation's own; turn() makes it from a panel.
+template <class E, class T>
+struct Product {
+  std::int64_t panel;
+  std::int64_t depth;  // entries of one sum in registers, the most for which the caches serve the loops
+  std::int64_t round;  // depths are multiples of this, padded with zeros
+  std::int64_t block;  // lanes of a square block of C whose operands stay in the second-level cache
+
+  // `depth` values (not entries) of `lanes` lanes, strides in elements; panel k goes to right + k * pitch.  The last
+  // panel and the last entries are padded with zeros.  Null for a dtype that E cannot hold.
+  using Pack = void (*)(const void* source, std::int64_t lane_stride, std::int64_t depth_stride, std::int64_t lanes,
+                        std::int64_t depth, E* right, std::int64_t pitch);
+  Pack pack[kFloatTypes];
+  void (*turn)(std::int64_t depth, const E* right, E* left);
+
+  // c[i][j] += alpha * (carry[i][j] + sum_d left[d][i] right[d][j]) for i < rows, j < cols and j <= i + reach.
+  // carry [panel][panel], the sums over other depths, may be null.
+  void (*multiply)(std::int64_t depth, const E* left, const E* right, T alpha, std::int64_t rows, std::int64_t cols,
+                   std::int64_t reach, const T* carry, T* c, std::int64_t stride);
+
+  // Around the calls of multiply() that a thread makes in a row; null where a thread needs no state.
+  void (*open)();
+  void (*close)();
+};
+
 // Inner loops that compute in T (float or double).  Pointers of type T are contiguous; `void*` sources and targets have
 // the dtype that the function's place in its array names, with a stride in elements.
 template <class T>
@@ -37,14 +66,10 @@ struct Kernels {
 
   // ---- Dense algebra on packed panels: `panel` lanes side by side, [depth][panel]. ----
   std::int64_t panel;
-  std::int64_t depth;  // of one sum in registers: two panels stay in the first-level cache
 
   // c[i][j] += alpha * sum_d a[d][i] b[d][j] for i < rows, j < cols and j <= i + reach.
   void (*update)(std::int64_t depth, const T* a, const T* b, T alpha, std::int64_t rows, std::int64_t cols,
                  std::int64_t reach, T* c, std::int64_t stride);
-  // The same with the sums over other depths added before alpha: carry [panel][panel], or null.
-  void (*finish)(std::int64_t depth, const T* a, const T* b, T alpha, std::int64_t rows, std::int64_t cols,
-                 std::int64_t reach, const T* carry, T* c, std::int64_t stride);
   // sums[lane] += sum_d lanes[d][lane]^2 in double.
   void (*add_lane_squares)(std::int64_t depth, const T* lanes, double* sums);
 
@@ -67,6 +92,8 @@ struct Kernels {
   void (*transpose_square)(const T* from, T* to);  // [panel][panel]
   // A group of lanes from panels to strips, both with room for `capacity` depths of which `depth` are copied.
   void (*panels_to_strips)(std::int64_t depth, std::int64_t capacity, const T* panels, T* strips);
+
+  Product<T, T> product;
 };
 
 struct Table {

@@ -42,9 +42,7 @@ constexpr Kernels<T> make_kernels() {
       add_squares<T>,
       add_abs_products<T>,
       kPanel<T>,
-      kPanelDepth<T>,
       update<T>,
-      finish<T>,
       add_lane_squares<T>,
       kDown,
       group_lanes<T>(),
@@ -54,6 +52,7 @@ constexpr Kernels<T> make_kernels() {
       solve_corner<T>,
       transpose_square<T>,
       panels_to_strips<T>,
+      make_product<T>(),
   };
 }
 

@@ -14,32 +14,95 @@ constexpr std::int64_t kFullDepth = 24576 / (kPanel<T> * static_cast<std::int64_
 template <class T>
 constexpr std::int64_t kPanelDepth = kFullDepth<T> < 256 ? kFullDepth<T> : 256;
 
-// kDown lanes of one operand (`pitch` elements from depth to depth) times a panel, summed over depth in registers.  Each
+// Lanes of a block of the result: at kPanelDepth its rows take 200 KB of a second-level cache, its sums 150 KB or less.
+template <class T>
+constexpr std::int64_t kBlock = 768 / static_cast<std::int64_t>(sizeof(T));
+
+// What a tile multiplies.  Elements of T: a vector of sums gains the element a times each of b.
+template <class T>
+struct Elements {
+  using Entry = T;
+  using Sum = T;
+  static HPA_INLINE V<T> read_entries(const T* from) { return read(from); }
+  static HPA_INLINE V<T> add_product(V<T> sum, T a, V<T> b) { return sum + spread(a) * b; }
+};
+
+// kDown lanes of one operand (`pitch` entries from depth to depth) times a panel, summed over depth in registers.  Each
 // element is one chain of multiply-adds in the order of depth: its value does not depend on where it stands in a tile.
-template <class T, std::int64_t pitch>
-HPA_INLINE void tile(std::int64_t depth, const T* a, const T* b, V<T> sum[kDown][kAcross]) {
-  constexpr std::int64_t p = kPanel<T>;
+template <class Of, std::int64_t pitch>
+HPA_INLINE void tile(std::int64_t depth, const typename Of::Entry* a, const typename Of::Entry* b,
+                     V<typename Of::Sum> sum[kDown][kAcross]) {
+  using T = typename Of::Sum;
+  static_assert(sizeof(typename Of::Entry) == sizeof(T));
   for (int i = 0; i < kDown; ++i)
     for (int v = 0; v < kAcross; ++v) sum[i][v] = V<T>{};
 #pragma GCC unroll 4
-  for (std::int64_t d = 0; d < depth; ++d, a += pitch, b += p) {
-    V<T> across[kAcross];
+  for (std::int64_t d = 0; d < depth; ++d, a += pitch, b += kPanel<T>) {
+    decltype(Of::read_entries(b)) across[kAcross];
 #pragma GCC unroll 8
-    for (int v = 0; v < kAcross; ++v) across[v] = read(b + v * Vector<T>::width);
+    for (int v = 0; v < kAcross; ++v) across[v] = Of::read_entries(b + v * Vector<T>::width);
 #pragma GCC unroll 16
     for (int i = 0; i < kDown; ++i) {
-      const V<T> down = spread(a[i]);
 #pragma GCC unroll 8
-      for (int v = 0; v < kAcross; ++v) sum[i][v] += down * across[v];
+      for (int v = 0; v < kAcross; ++v) sum[i][v] = Of::add_product(sum[i][v], a[i], across[v]);
     }
   }
 }
 
+// Rows [top, top + kDown) of c += alpha * sum, inside of rows, cols and the triangle j <= i + reach.
 template <class T>
-void finish(std::int64_t depth, const T* a, const T* b, T alpha, std::int64_t rows, std::int64_t cols,
-            std::int64_t reach, const T* carry, T* c, std::int64_t stride) {
-  constexpr std::int64_t p = kPanel<T>, w = Vector<T>::width, line = 64 / sizeof(T);
+HPA_INLINE void add_tile(const V<T> sum[kDown][kAcross], T alpha, std::int64_t top, std::int64_t rows,
+                         std::int64_t cols, std::int64_t reach, T* c, std::int64_t stride) {
+  constexpr std::int64_t p = kPanel<T>, w = Vector<T>::width;
+  if (top + kDown <= rows && cols == p && top + reach >= p - 1) {
+#pragma GCC unroll 16
+    for (int i = 0; i < kDown; ++i) {
+      T* row = c + (top + i) * stride;
+#pragma GCC unroll 8
+      for (int v = 0; v < kAcross; ++v) write(row + v * w, read(row + v * w) + spread(alpha) * sum[i][v]);
+    }
+    return;
+  }
+  alignas(64) T values[kDown * p];
+  for (int i = 0; i < kDown; ++i)
+    for (int v = 0; v < kAcross; ++v) write(values + i * p + v * w, sum[i][v]);
+  for (std::int64_t i = 0; i < kDown && top + i < rows; ++i) {
+    const std::int64_t last = top + i + reach;
+    for (std::int64_t j = 0; j < cols && j <= last; ++j) c[(top + i) * stride + j] += alpha * values[i * p + j];
+  }
+}
+
+template <class T>
+void update(std::int64_t depth, const T* a, const T* b, T alpha, std::int64_t rows, std::int64_t cols,
+            std::int64_t reach, T* c, std::int64_t stride) {
+  for (std::int64_t top = 0; top < rows; top += kDown) {
+    V<T> sum[kDown][kAcross];
+    tile<Elements<T>, kPanel<T>>(depth, a + top, b, sum);
+    add_tile<T>(sum, alpha, top, rows, cols, reach, c, stride);
+  }
+}
+
+// ---- Symmetric products ----
+
+// The left operand: strips of kDown lanes, so that a tile reads whole cache lines of it.
+template <class E>
+void turn(std::int64_t depth, const E* __restrict right, E* __restrict left) {
+  constexpr std::int64_t p = kPanel<E>;
   static_assert(p % kDown == 0);
+  for (std::int64_t d = 0; d < depth; ++d) {
+    for (std::int64_t lane = 0; lane < p; lane += kDown) {
+#pragma GCC unroll 16
+      for (int i = 0; i < kDown; ++i) left[lane * depth + d * kDown + i] = right[d * p + lane + i];
+    }
+  }
+}
+
+template <class Of>
+void multiply(std::int64_t depth, const typename Of::Entry* left, const typename Of::Entry* right,
+              typename Of::Sum alpha, std::int64_t rows, std::int64_t cols, std::int64_t reach,
+              const typename Of::Sum* carry, typename Of::Sum* c, std::int64_t stride) {
+  using T = typename Of::Sum;
+  constexpr std::int64_t p = kPanel<T>, w = Vector<T>::width, line = 64 / sizeof(T);
   for (std::int64_t top = 0; top < rows; top += kDown) {
     // Rows of c are far apart, which no hardware prefetcher guesses; the sums below take longer than a miss.
     for (std::int64_t i = top; i < top + kDown && i < rows; ++i) {
@@ -48,7 +111,7 @@ void finish(std::int64_t depth, const T* a, const T* b, T alpha, std::int64_t ro
       }
     }
     V<T> sum[kDown][kAcross];
-    tile<T, p>(depth, a + top, b, sum);
+    tile<Of, kDown>(depth, left + top * depth, right, sum);
     if (carry != nullptr) {
 #pragma GCC unroll 16
       for (int i = 0; i < kDown; ++i) {
@@ -56,29 +119,46 @@ void finish(std::int64_t depth, const T* a, const T* b, T alpha, std::int64_t ro
         for (int v = 0; v < kAcross; ++v) sum[i][v] += read(carry + (top + i) * p + v * w);
       }
     }
-    if (top + kDown <= rows && cols == p && top + reach >= p - 1) {
-#pragma GCC unroll 16
-      for (int i = 0; i < kDown; ++i) {
-        T* row = c + (top + i) * stride;
-#pragma GCC unroll 8
-        for (int v = 0; v < kAcross; ++v) write(row + v * w, read(row + v * w) + spread(alpha) * sum[i][v]);
-      }
-      continue;
+    add_tile<T>(sum, alpha, top, rows, cols, reach, c, stride);
+  }
+}
+
+template <class Format, class T>
+void pack(const void* source, std::int64_t lane_stride, std::int64_t depth_stride, std::int64_t lanes,
+          std::int64_t depth, T* __restrict right, std::int64_t pitch) {
+  constexpr std::int64_t p = kPanel<T>;
+  const auto* __restrict from = static_cast<const typename Format::Bits*>(source);
+  const std::int64_t whole = lane_stride == 1 ? lanes / p : 0;
+  // Depth outside, so that rows of the source are read in long runs.
+  for (std::int64_t d = 0; d < depth && whole > 0; ++d) {
+    const auto* __restrict row = from + d * depth_stride;
+    for (std::int64_t k = 0; k < whole; ++k, row += p) {
+      T* __restrict to = right + k * pitch + d * p;
+      for (std::int64_t i = 0; i < p; ++i) to[i] = static_cast<T>(Format::widen(row[i]));
     }
-    alignas(64) T values[kDown * p];
-    for (int i = 0; i < kDown; ++i)
-      for (int v = 0; v < kAcross; ++v) write(values + i * p + v * w, sum[i][v]);
-    for (std::int64_t i = 0; i < kDown && top + i < rows; ++i) {
-      const std::int64_t last = top + i + reach;
-      for (std::int64_t j = 0; j < cols && j <= last; ++j) c[(top + i) * stride + j] += alpha * values[i * p + j];
+  }
+  for (std::int64_t lane = whole * p; lane % p != 0 || lane < lanes; ++lane) {
+    T* __restrict to = right + lane / p * pitch + lane % p;
+    const auto* __restrict column = from + lane * lane_stride;
+    for (std::int64_t d = 0; d < depth; ++d) {
+      to[d * p] = lane < lanes ? static_cast<T>(Format::widen(column[d * depth_stride])) : T(0);
     }
   }
 }
 
 template <class T>
-void update(std::int64_t depth, const T* a, const T* b, T alpha, std::int64_t rows, std::int64_t cols,
-            std::int64_t reach, T* c, std::int64_t stride) {
-  finish<T>(depth, a, b, alpha, rows, cols, reach, nullptr, c, stride);
+constexpr Product<T, T> make_product() {
+  return {
+      kPanel<T>,
+      kPanelDepth<T>,
+      1,
+      kBlock<T>,
+      {pack<F32, T>, pack<F64, T>, pack<Bf16, T>, pack<F16, T>},
+      turn<T>,
+      multiply<Elements<T>>,
+      nullptr,
+      nullptr,
+  };
 }
 
 template <class T>
