@@ -46,7 +46,6 @@ def _connect() -> Callable[[str], _Entry]:
             is_neg=torch.Tensor.is_neg,
             increment_version=torch._C._increment_version,
             dispatch_modes=torch._C._len_torch_dispatch_stack,
-            function_modes=torch._C._is_torch_function_mode_enabled,
             num_threads=threads.get_num_threads,
         )
     except (backend.BackendError, AttributeError):

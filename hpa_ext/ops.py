@@ -8,6 +8,9 @@ computed in float32 at least, float64 in float64.
 Every function raises ``TypeError`` for a wrong kind of argument or dtype and ``ValueError`` for a wrong shape, device
 or value, or for memory that is read-only or shared with another argument; messages begin with the argument's name.
 Under ``torch.compile`` they are operators of their own (:mod:`hpa_ext.torch_ops`).
+
+A call goes one of three ways.  Plain CPU tensors are served at once by the compiled module (:mod:`hpa_ext.direct`); a
+program that is being traced gets the operator; everything else is checked here and handed to a backend.
 ``backend`` is ``None`` (the device decides), ``"cpu"`` or ``"reference"``; see :mod:`hpa_ext.backend`.
 
 Sources: HPA (arXiv 2511.20158) for the scores, the selection and the adjustment; SparseGPT (arXiv 2301.00774) for the
@@ -24,7 +27,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
-from torch.compiler import is_compiling
+from torch.compiler import is_compiling, is_dynamo_compiling
 
 from hpa_ext import backend as backends
 from hpa_ext import direct
@@ -120,10 +123,10 @@ def accumulate_gram_(gram: T, x: TensorLike, scale: float = 2.0, *, backend: str
     Tokens are summed in blocks of fixed size: results are bit-reproducible for any number of threads on one machine.
     NaN and Inf in ``x`` spread to the rows and columns of ``gram`` they belong to.
     """
+    if backend is None and not is_dynamo_compiling() and direct.accumulate_gram_(gram, x, scale):
+        return gram
     if is_compiling():
         torch.ops.hpa_ext.accumulate_gram_(gram, x, scale, backend)
-        return gram
-    if backend is None and direct.accumulate_gram_(gram, x, scale):
         return gram
     gram_tensor = as_tensor("gram", gram, dtypes=(torch.float32, torch.float64), dims="[cols, cols]", writable=True)
     _check_square("gram", gram_tensor)
@@ -181,12 +184,12 @@ def inverse_diagonal(
     are computed in float64, larger float32 ones in float32 with half a ``cols^2`` buffer. Bit-reproducible for any
     number of threads on one machine.
     """
-    if is_compiling():
-        return _trace_inverse_diagonal(gram, damping, mode, activations, scale, info, backend)
-    if backend is None and info is None:
+    if backend is None and not is_dynamo_compiling() and info is None:
         answer = direct.inverse_diagonal(gram, damping, mode, activations, scale)
         if answer is not None:
             return cast(Tensor, answer)
+    if is_compiling():
+        return _trace_inverse_diagonal(gram, damping, mode, activations, scale, info, backend)
     check_choice("mode", mode, ("exact", "pivot"))
     used = as_number("damping", damping, minimum=0.0, strictly=True)
     if (gram is None) == (activations is None):
@@ -257,24 +260,19 @@ def accumulate_importance_(
 
     A whole list is one call. Each element is computed by itself: bit-reproducible. NaN and Inf spread to their element.
     """
+    if backend is None and not is_dynamo_compiling():
+        done = direct.accumulate_importance_(importance, grads, weights, kind)
+        if done:
+            return importance
     if is_compiling():
         _trace_accumulate_importance(importance, grads, weights, kind, backend)
-        return importance
-    if backend is None and direct.accumulate_importance_(importance, grads, weights, kind):
         return importance
     check_choice("kind", kind, ("fisher", "taylor"))
     if (weights is not None) != (kind == "taylor"):
         needed = "are needed" if kind == "taylor" else "are not used"
         raise ValueError(f"weights: {needed} with kind={kind!r}")
     if isinstance(importance, (list, tuple)):
-        targets = list(importance)
-        grad_items = _as_list("grads", grads, len(targets))
-        weight_items = None if weights is None else _as_list("weights", weights, len(targets))
-        present = [i for i, grad in enumerate(grad_items) if grad is not None]
-        names = [f"[{i}]" for i in present]
-        target_items = [targets[i] for i in present]
-        grad_items = [grad_items[i] for i in present]
-        weight_items = None if weight_items is None else [weight_items[i] for i in present]
+        names, target_items, grad_items, weight_items = _entries_with_gradients(importance, grads, weights)
     else:
         names, target_items, grad_items = [""], [importance], [grads]
         weight_items = None if weights is None else [weights]
@@ -322,11 +320,11 @@ def change_statistics(before: TensorLike, after: TensorLike, *, backend: str | N
     Blocks have a fixed size: bit-reproducible for any number of threads on one machine. NaN and Inf spread to their
     column and to the scalars.
     """
+    if backend is None and not is_dynamo_compiling() and (answer := direct.change_statistics(before, after)):
+        return ChangeStatistics._make(answer)
     if is_compiling():
         column_change, scalars = torch.ops.hpa_ext.change_statistics(before, after, backend)
         return ChangeStatistics(column_change, *scalars.unbind())
-    if backend is None and (answer := direct.change_statistics(before, after)):
-        return ChangeStatistics._make(answer)
     before_tensor = as_tensor("before", before, dims="[rows, cols]")
     after_tensor = as_tensor("after", after, dims="[rows, cols]")
     check_same_shape("after", after_tensor, "before", before_tensor)
@@ -382,18 +380,16 @@ def balanced_mask(
     Scores are compared in float64; ties go to the lower index. m is the mean over columns where both scores are
     positive, 0 if there is none, from an exactly rounded sum: the result is the same in every backend.
     """
+    if backend is None and not is_dynamo_compiling():
+        options = (keep, focus, alpha, mode, alpha_mode, alpha_sign, overflow, phi_norm)
+        if answer := direct.balanced_mask(safety, task, *options):
+            return BalancedMask._make(answer)
     if is_compiling():
         mask, numbers = torch.ops.hpa_ext.balanced_mask(
             safety, task, keep, focus, list(alpha), mode, alpha_mode, alpha_sign, overflow, phi_norm, backend
         )
         used_alpha, log_ratio, *counts = numbers.tolist()
         return BalancedMask(mask, used_alpha, log_ratio, *(int(count) for count in counts))
-    if backend is None and (
-        answer := direct.balanced_mask(
-            safety, task, keep, focus, alpha, mode, alpha_mode, alpha_sign, overflow, phi_norm
-        )
-    ):
-        return BalancedMask._make(answer)
     safety_tensor = as_tensor("safety", safety, dims="[cols]")
     task_tensor = as_tensor("task", task, dims="[cols]")
     check_same_shape("task", task_tensor, "safety", safety_tensor)
@@ -450,10 +446,10 @@ def merge_(after: T, before: TensorLike, mask: TensorLike, projection: float = 0
     The rest is computed in float32 (float64 for float64) and rounded once to the storage dtype. Bit-reproducible. NaN
     and Inf spread to their element.
     """
+    if backend is None and not is_dynamo_compiling() and direct.merge_(after, before, mask, projection):
+        return after
     if is_compiling():
         torch.ops.hpa_ext.merge_(after, before, mask, projection, backend)
-        return after
-    if backend is None and direct.merge_(after, before, mask, projection):
         return after
     after_tensor = as_tensor("after", after, dims="[rows, cols]", writable=True)
     before_tensor = as_tensor("before", before, dims="[rows, cols]")
@@ -493,11 +489,11 @@ def project_(
     Dot products are summed in float32 over blocks of at most 2048 elements and in float64 beyond. Blocks have a fixed
     size: bit-reproducible for any number of threads on one machine. NaN and Inf spread to their whole vector.
     """
+    if backend is None and not is_dynamo_compiling() and direct.project_(grads, basis, passes):
+        return grads
     if is_compiling():
         project = torch.ops.hpa_ext.project_list_ if isinstance(grads, (list, tuple)) else torch.ops.hpa_ext.project_
         project(grads, basis, passes, backend)
-        return grads
-    if backend is None and direct.project_(grads, basis, passes):
         return grads
     passes = as_count("passes", passes, minimum=1)
     if isinstance(grads, (list, tuple)):
@@ -561,10 +557,12 @@ def orthonormalize_(
     Loss of orthogonality is of the order of the unit roundoff, whatever the condition of ``vectors`` (block classical
     Gram-Schmidt with reorthogonalisation). Bit-reproducible for any number of threads on one machine.
     """
+    if backend is None and not is_dynamo_compiling():
+        kept = direct.orthonormalize_(vectors, basis, rtol)
+        if kept is not None:
+            return cast(int, kept)
     if is_compiling():
         return int(torch.ops.hpa_ext.orthonormalize_(vectors, basis, rtol, backend).item())
-    if backend is None and (answer := direct.orthonormalize_(vectors, basis, rtol)) is not None:
-        return cast(int, answer)
     vector_tensor = as_tensor("vectors", vectors, dims="[rank, n]", writable=True)
     basis_tensor = None
     if basis is not None:
@@ -623,6 +621,21 @@ def _trace_accumulate_importance(importance: Any, grads: Any, weights: Any, kind
 def _check_square(name: str, tensor: Tensor) -> None:
     if tensor.shape[0] != tensor.shape[1]:
         raise ValueError(f"{name}: expected a square matrix [cols, cols], got {tuple(tensor.shape)}")
+
+
+def _entries_with_gradients(
+    importance: Sequence[Any], grads: Any, weights: Any
+) -> tuple[list[str], list[Any], list[Any], list[Any] | None]:
+    """Index for messages, importance, gradient and weight of each entry of the lists whose gradient is not ``None``."""
+    grad_items = _as_list("grads", grads, len(importance))
+    weight_items = None if weights is None else _as_list("weights", weights, len(importance))
+    present = [i for i, grad in enumerate(grad_items) if grad is not None]
+    return (
+        [f"[{i}]" for i in present],
+        [importance[i] for i in present],
+        [grad_items[i] for i in present],
+        None if weight_items is None else [weight_items[i] for i in present],
+    )
 
 
 def _as_list(name: str, value: Any, length: int) -> list[Any]:

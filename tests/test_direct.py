@@ -70,7 +70,7 @@ def outcome(function: str, arguments: list[Any]) -> tuple[Any, ...]:
 
 
 def plain(value: Any) -> Any:
-    if isinstance(value, tuple):
+    if isinstance(value, (list, tuple)):
         return [plain(item) for item in value]
     if isinstance(value, np.ndarray):
         return value.tobytes()
@@ -88,8 +88,14 @@ def readable(tensor: Tensor) -> bool:
     )
 
 
-def versions(arguments: list[Any]) -> list[int]:
-    return [a._version for a in arguments if isinstance(a, Tensor) and not a.is_inference()]
+def versions(arguments: list[Any] | tuple[Any, ...]) -> list[int]:
+    found: list[int] = []
+    for argument in arguments:
+        if isinstance(argument, (list, tuple)):
+            found += versions(argument)
+        elif isinstance(argument, Tensor) and not argument.is_inference():
+            found.append(argument._version)
+    return found
 
 
 def both(function: str, make: Callable[[], list[Any]], monkeypatch: pytest.MonkeyPatch) -> tuple[Any, Any, list[Any]]:
@@ -199,7 +205,7 @@ UNUSUAL: dict[str, Callable[[Tensor], Any]] = {
     "sparse": lambda t: t.to_sparse(),
     "meta": lambda t: t.to("meta"),
     "zeros without storage": lambda t: torch._efficientzerotensor(t.shape, dtype=t.dtype),
-    "NaN": lambda t: with_nan(t.clone()) if t.dtype.is_floating_point else t,
+    "NaN": lambda t: with_nan(LAYOUTS["contiguous"](t)) if t.dtype.is_floating_point else t,
     "negative": lambda t: -t if t.dtype.is_floating_point else t,
 }
 
@@ -248,6 +254,84 @@ def test_unusual_options_give_the_same_result_or_error_on_both_paths(
 
             fast, checked, _ = both(function, make, monkeypatch)
             assert fast == checked, f"argument {place} = {value!r}"
+
+
+# Lists of tensors, in all forms that the functions take.
+LISTS: dict[str, tuple[str, Callable[[], list[Any]]]] = {
+    "importances": (
+        "accumulate_importance_",
+        lambda: [[uniform(3, 4), uniform(7, seed=1)], [normal(3, 4), normal(7)], None, "fisher"],
+    ),
+    "importances by weight": (
+        "accumulate_importance_",
+        lambda: [(uniform(3, 4), uniform(7)), [normal(3, 4), normal(7)], [normal(3, 4), normal(7, seed=1)], "taylor"],
+    ),
+    "slices in shape": ("project_", lambda: [[normal(3, 4), normal(7)], [normal(2, 3, 4), normal(2, 7)], 1]),
+    "flat slices": ("project_", lambda: [[normal(3, 4), normal(7)], (normal(2, 12), normal(2, 7)), 2]),
+    "slices with a stride": (
+        "project_",
+        lambda: [[normal(3, 4), normal(2, 1, 2)], [normal(12, 2).T, normal(2, 8)[:, ::2]], 1],
+    ),
+    "one slice": ("project_", lambda: [[normal(5)], [normal(2, 5)], 1]),
+}
+
+
+@pytest.mark.parametrize("case", LISTS)
+def test_lists_are_served_and_do_what_the_checked_path_does(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    fast, checked, answers = both(*LISTS[case], monkeypatch)
+    assert answers == [True]
+    assert fast == checked
+
+
+@pytest.mark.parametrize("unusual", UNUSUAL)
+@pytest.mark.parametrize("case", LISTS)
+@pytest.mark.filterwarnings("ignore:Sparse|The given NumPy array")
+def test_unusual_tensors_in_lists_do_the_same_on_both_paths(
+    case: str, unusual: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    function, plain_lists = LISTS[case]
+    for place, items in enumerate(plain_lists()):
+        for i in range(len(items) if isinstance(items, (list, tuple)) else 0):
+
+            def make(place: int = place, i: int = i) -> list[Any]:
+                arguments = plain_lists()
+                changed = list(arguments[place])
+                changed[i] = UNUSUAL[unusual](changed[i])
+                arguments[place] = changed
+                return arguments
+
+            fast, checked, answers = both(function, make, monkeypatch)
+            assert fast == checked, f"argument {place}, item {i}"
+            if isinstance(checked[0], type) and issubclass(checked[0], Exception):
+                assert answers == [None]
+
+
+@pytest.mark.parametrize("case", LISTS)
+def test_unusual_lists_do_the_same_on_both_paths(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    function, plain_lists = LISTS[case]
+    changes: list[Callable[[Any], Any]] = [
+        lambda items: [],
+        lambda items: items[:-1],
+        lambda items: [*items, items[0]],
+        lambda items: [*items, items[0].clone()],
+        lambda items: [None, *items[1:]],
+        lambda items: items[0],
+        lambda items: [list(items)],
+        lambda items: dict(enumerate(items)),
+        lambda items: [items[0], *[item[..., :1] for item in items[1:]]],
+    ]
+    count = sum(isinstance(items, (list, tuple)) for items in plain_lists())
+    for number, change in enumerate(changes):
+        for places in (range(1), range(1, 2), range(count)):
+
+            def make(change: Callable[[Any], Any] = change, places: range = places) -> list[Any]:
+                arguments = plain_lists()
+                for place in places:
+                    arguments[place] = change(arguments[place])
+                return arguments
+
+            fast, checked, _ = both(function, make, monkeypatch)
+            assert fast == checked, f"change {number} of arguments {places}"
 
 
 @pytest.mark.parametrize("function", IN_PLACE)
@@ -301,19 +385,40 @@ class WatchingFunctions(TorchFunctionMode):
 
 
 @pytest.mark.parametrize("function", PLAIN)
-def test_calls_in_a_mode_of_torch_are_declined(function: str) -> None:
-    for mode in (Watching(), WatchingFunctions(), torch.device("cpu")):
-        arguments = PLAIN[function]()
-        with mode:
-            assert getattr(direct, function)(*arguments) is None
+def test_calls_while_operators_are_watched_or_transformed_are_declined(function: str) -> None:
+    arguments = PLAIN[function]()
+    with Watching():
+        assert getattr(direct, function)(*arguments) is None
     for transform in (torch.func.functionalize, torch.func.vmap):
-        arguments = PLAIN[function]()
 
         def inside(first: Tensor, function: str = function, arguments: list[Any] = arguments) -> Tensor:
             assert getattr(direct, function)(first, *arguments[1:]) is None
             return first
 
         transform(inside)(torch.stack([arguments[0]] * 2) if transform is torch.func.vmap else arguments[0])
+
+
+@pytest.mark.parametrize("mode", [lambda: torch.device("cpu"), lambda: torch.device("meta"), WatchingFunctions])
+@pytest.mark.parametrize("function", PLAIN)
+def test_a_default_device_or_another_mode_of_functions_changes_nothing(
+    function: str, mode: Callable[[], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fast, checked, _ = both(function, PLAIN[function], monkeypatch)
+    assert fast == checked
+
+    def inside() -> list[Any]:
+        return PLAIN[function]()
+
+    arguments, others = inside(), inside()
+    with mode():
+        served = getattr(direct, function)(*arguments)
+        with monkeypatch.context() as patch:
+            patch.setattr(direct, function, direct.declines)
+            result = call(function, others)
+    assert served is not None
+    assert plain(arguments) == plain(others)
+    if (isinstance(result, Tensor) and function not in IN_PLACE) or isinstance(result, tuple):
+        assert plain(served) == plain(result)
 
 
 @pytest.mark.parametrize("inference", [False, True])

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -34,9 +35,14 @@ LARGE: dict[str, Callable[[], tuple[Any, ...]]] = {
 }
 
 
+@cache
+def originals(function: str) -> tuple[Any, ...]:
+    return LARGE[function]()
+
+
 def result_of(function: str) -> list[bytes]:
     """The bits of everything that a call returns or writes."""
-    arguments = LARGE[function]()
+    arguments = [a.clone() if isinstance(a, Tensor) else a for a in originals(function)]
     result = getattr(hpa_ext, function)(*arguments)
     items = [*(result if isinstance(result, tuple) else (result,)), arguments[0]]
     return [bits(item.reshape(-1)).tobytes() if isinstance(item, Tensor) else repr(item).encode() for item in items]

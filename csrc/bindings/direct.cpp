@@ -4,14 +4,18 @@
 // declines"); then ops.py goes on to its checks, which say what is wrong or serve the unusual call.  So an entry has no
 // messages, and it needs to recognise only calls that are surely right: whatever it is not sure of, it declines.
 //
-// Where the time of a call on 1,000 elements goes (Zen 3, accumulate_importance_ of two tensors, microseconds):
+// Where the time goes, accumulate_importance_ of two tensors of 1,000 float32, microseconds (Zen 3, 2 cores; torch's
+// addcmul_ takes 1.1 on it):
 //
-//     checked path   24    checks in Python 11, choice of the backend 3, HPA_NUM_THREADS 1, pybind11 and DLPack 2, ...
-//     direct call     1    Python frame 0.1, reading a tensor 0.1 and is_neg() 0.1 each, version counter 0.15, kernel 0.2
+//     checked path, 24   Python's checks of arguments 11, overlap 4, choice of a backend 3, os.environ 2,
+//                        pybind11 with DLPack 2, detach() and the version counter 1
+//     direct call, 1.1   Python's frame 0.1, each tensor 0.1 through DLPack and 0.1 for is_neg(), version counter 0.15,
+//                        modes and environment 0.1, the kernel and its lists 0.3
 //
-// What makes the difference: no Python objects besides the arguments, tensors read by the DLPack C exchange API (no
-// capsule), getenv instead of os.environ, outputs handed to torch by DLPack (half the price of torch.empty), and short
-// work done on the caller's thread with the GIL held.
+// What made the difference: no Python object besides the arguments, tensors read through the DLPack C exchange API
+// without a capsule, getenv() instead of os.environ, outputs handed to torch through DLPack (half the price of
+// torch.empty; like all such tensors they cannot be resized), and short work done on the caller's thread with the GIL
+// held.  Lists cost 0.5 a tensor, against 7 on the checked path.
 #include "direct.h"
 
 #include <algorithm>
@@ -38,7 +42,7 @@ constexpr std::int64_t kShort = 32 * 1024;
 struct Connection {
   const DLPackExchangeAPI* api = nullptr;
   PyTypeObject *tensor = nullptr, *parameter = nullptr;
-  PyObject *is_neg = nullptr, *increment_version = nullptr, *dispatch_modes = nullptr, *function_modes = nullptr;
+  PyObject *is_neg = nullptr, *increment_version = nullptr, *dispatch_modes = nullptr;
   PyObject* num_threads = nullptr;
 } torch;
 
@@ -57,10 +61,9 @@ bool is_falsy(PyObject* callable, PyObject* const* arguments, std::size_t count)
   return truth == 0;
 }
 
-// No backend is named, and no mode of torch (fake tensors, tracing, a profiler of calls) wants to see operators.
+// No backend is named, and no mode of torch (fake tensors, tracing) stands between a call and its operators.
 bool is_plain_call() {
-  return torch.api != nullptr && !is_set("HPA_BACKEND") && is_falsy(torch.dispatch_modes, nullptr, 0) &&
-         is_falsy(torch.function_modes, nullptr, 0);
+  return torch.api != nullptr && !is_set("HPA_BACKEND") && is_falsy(torch.dispatch_modes, nullptr, 0);
 }
 
 std::optional<DType> dtype_of(const DLDataType& dtype) {
@@ -99,6 +102,19 @@ bool read(PyObject* object, TensorView& view) {
 }
 
 bool read_float(PyObject* object, TensorView& view) { return read(object, view) && view.dtype != DType::boolean; }
+
+bool is_list(PyObject* object) { return PyList_CheckExact(object) || PyTuple_CheckExact(object); }
+
+// Reads one tensor, or a list or tuple of them.
+bool read_floats(PyObject* object, std::vector<TensorView>& views) {
+  if (!is_list(object)) return read_float(object, views.emplace_back());
+  const Py_ssize_t count = PySequence_Fast_GET_SIZE(object);
+  views.reserve(static_cast<std::size_t>(count));
+  for (Py_ssize_t i = 0; i < count; ++i) {
+    if (!read_float(PySequence_Fast_GET_ITEM(object, i), views.emplace_back())) return false;
+  }
+  return count > 0;
+}
 
 bool read(PyObject* object, double& number) {
   if (PyFloat_CheckExact(object)) {
@@ -196,6 +212,21 @@ bool are_apart(const TensorView& written, std::initializer_list<const TensorView
   spans.add(written, true);
   for (const TensorView* view : read) spans.add(*view, false);
   return spans.are_apart();
+}
+
+bool are_apart(const std::vector<TensorView>& written, std::initializer_list<const std::vector<TensorView>*> read) {
+  Spans spans;
+  for (const TensorView& view : written) spans.add(view, true);
+  for (const std::vector<TensorView>* views : read) {
+    for (const TensorView& view : *views) spans.add(view, false);
+  }
+  return spans.are_apart();
+}
+
+std::int64_t elements(const std::vector<TensorView>& views) {
+  std::int64_t count = 0;
+  for (const TensorView& view : views) count += view.numel();
+  return count;
 }
 
 // ---- Doing it ----
@@ -313,9 +344,9 @@ PyObject* tuple_of(Items... items) {
 
 using Arguments = PyObject* const*;
 
-// True, once autograd knows that memory it may have saved has changed.
-PyObject* written(PyObject* tensor) {
-  PyObject* tensors = PyTuple_Pack(1, tensor);
+// True, once autograd knows that memory it may have saved has changed: of a tensor, or of a list of them.
+PyObject* written(PyObject* changed) {
+  PyObject* tensors = is_list(changed) ? Py_NewRef(changed) : PyTuple_Pack(1, changed);
   if (tensors == nullptr) return nullptr;
   PyObject* result = PyObject_Vectorcall(torch.increment_version, &tensors, 1, nullptr);
   Py_DECREF(tensors);
@@ -364,18 +395,21 @@ constexpr Choice<bool> kImportanceKinds[] = {{"fisher", false}, {"taylor", true}
 
 // importance, grads, weights, kind
 PyObject* direct_accumulate_importance(Arguments arguments) {
-  std::vector<TensorView> importance(1), grads(1), weights;
+  std::vector<TensorView> importance, grads, weights;
   bool taylor = false;
-  if (!read_float(arguments[0], importance[0]) || !read_float(arguments[1], grads[0]) ||
+  if (!read_floats(arguments[0], importance) || !read_floats(arguments[1], grads) ||
       !read(arguments[3], taylor, kImportanceKinds)) {
     return nullptr;
   }
-  if (taylor ? !read_float(arguments[2], weights.emplace_back()) : arguments[2] != Py_None) return nullptr;
-  if (!is_writable(importance[0]) || !are_apart(importance[0], {&grads[0], &(taylor ? weights : grads)[0]})) {
+  if (taylor ? !read_floats(arguments[2], weights) : arguments[2] != Py_None) return nullptr;
+  if (is_list(arguments[1]) != is_list(arguments[0]) || (taylor && is_list(arguments[2]) != is_list(arguments[0]))) {
+    return nullptr;
+  }
+  if (!std::all_of(importance.begin(), importance.end(), is_writable) || !are_apart(importance, {&grads, &weights})) {
     return nullptr;
   }
   const auto kernel = [&](int threads) { accumulate_importance(importance, grads, weights, threads); };
-  return run(importance[0].numel(), kernel) ? written(arguments[0]) : nullptr;
+  return run(elements(importance), kernel) ? written(arguments[0]) : nullptr;
 }
 
 // before, after
@@ -428,19 +462,47 @@ PyObject* direct_merge(Arguments arguments) {
   return run(after.numel(), kernel) ? written(arguments[0]) : nullptr;
 }
 
+// One vector's slice as the matrix [1, *shape] that the kernel reads, its basis [rank, numel] as [rank, *shape].
+bool match_slices(TensorView& grad, TensorView& basis) {
+  if (basis.dims == 2 && grad.dims > 1) {
+    if (basis.shape[1] != grad.numel()) return false;
+    std::int64_t step = basis.stride[1];
+    basis.dims = grad.dims + 1;
+    for (int d = grad.dims; d > 0; --d) {
+      basis.shape[d] = grad.shape[d - 1];
+      basis.stride[d] = step;
+      step *= basis.shape[d];
+    }
+  }
+  std::copy_backward(grad.shape, grad.shape + grad.dims, grad.shape + grad.dims + 1);
+  std::copy_backward(grad.stride, grad.stride + grad.dims, grad.stride + grad.dims + 1);
+  grad.shape[0] = 1;
+  grad.stride[0] = 0;
+  grad.dims += 1;
+  return true;
+}
+
 // grads, basis, passes
 PyObject* direct_project(Arguments arguments) {
-  std::vector<TensorView> grads(1), basis(1);
+  std::vector<TensorView> grads, basis;
   std::int64_t passes = 0;
-  if (!read_float(arguments[0], grads[0]) || !read_float(arguments[1], basis[0]) || !read(arguments[2], passes)) {
+  if (!read_floats(arguments[0], grads) || !read_floats(arguments[1], basis) || !read(arguments[2], passes)) {
     return nullptr;
   }
-  if (passes < 1 || passes > std::numeric_limits<int>::max() || !is_writable(grads[0]) || !flatten_rows(grads[0]) ||
-      !are_apart(grads[0], {&basis[0]})) {
+  if (passes < 1 || passes > std::numeric_limits<int>::max() || is_list(arguments[1]) != is_list(arguments[0]) ||
+      grads.size() != basis.size() || !std::all_of(grads.begin(), grads.end(), is_writable) ||
+      !are_apart(grads, {&basis})) {
+    return nullptr;
+  }
+  if (is_list(arguments[0])) {
+    for (std::size_t i = 0; i < grads.size(); ++i) {
+      if (!match_slices(grads[i], basis[i])) return nullptr;
+    }
+  } else if (!flatten_rows(grads[0])) {
     return nullptr;
   }
   const auto kernel = [&](int threads) { project(grads, basis, static_cast<int>(passes), threads); };
-  return run(grads[0].numel() * basis[0].shape[0], kernel) ? written(arguments[0]) : nullptr;
+  return run(elements(grads) * basis[0].shape[0], kernel) ? written(arguments[0]) : nullptr;
 }
 
 // vectors, basis, rtol
@@ -502,15 +564,13 @@ PyMethodDef methods[] = {
 };
 
 bool connect(const py::type& tensor, const py::type& parameter, const py::object& is_neg,
-             const py::object& increment_version, const py::object& dispatch_modes, const py::object& function_modes,
-             const py::object& num_threads) {
+             const py::object& increment_version, const py::object& dispatch_modes, const py::object& num_threads) {
   const auto keep = [](const py::object& object) { return object.inc_ref().ptr(); };
   torch.tensor = reinterpret_cast<PyTypeObject*>(keep(tensor));
   torch.parameter = reinterpret_cast<PyTypeObject*>(keep(parameter));
   torch.is_neg = keep(is_neg);
   torch.increment_version = keep(increment_version);
   torch.dispatch_modes = keep(dispatch_modes);
-  torch.function_modes = keep(function_modes);
   torch.num_threads = keep(num_threads);
   torch.api = exchange_api(torch.tensor);
   return torch.api != nullptr;
@@ -522,7 +582,7 @@ void add_direct_calls(py::module_& module) {
   py::module_ direct = module.def_submodule("direct", "Calls on plain CPU tensors of torch, used by hpa_ext.ops.");
   if (PyModule_AddFunctions(direct.ptr(), methods) != 0) throw py::error_already_set();
   direct.def("connect", &connect, py::kw_only(), py::arg("tensor"), py::arg("parameter"), py::arg("is_neg"),
-             py::arg("increment_version"), py::arg("dispatch_modes"), py::arg("function_modes"), py::arg("num_threads"),
+             py::arg("increment_version"), py::arg("dispatch_modes"), py::arg("num_threads"),
              "Hands over what the calls need from torch; False where this torch lacks it.");
 }
 

@@ -9,11 +9,15 @@
 //              is a product and a difference, each rounded (this file is compiled without contraction to fused
 //              multiply-add): alpha and phi are the same numbers in every backend, or equal phi could change places.
 // Bytes moved  both scores once, the mask once; a few arrays of cols doubles.
-// Design       Selection, not sorting: nth_element is linear in cols, and the rest is a few passes over vectors that
-//              fit the cache.  One thread: at 11008 columns the whole call is some hundred microseconds.
+// Design       Selection, not sorting: nth_element over values is linear in cols, and the rest is a few passes over
+//              vectors that fit the cache.  One thread.  Bounded by the 2 * cols logarithms of the C library, which must
+//              be rounded like the other backends' ones: of 17 microseconds at 1,000 columns 10 (Zen 3).
 #include <algorithm>
 #include <cmath>
+#include <functional>
+#include <iterator>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 #include "buffer.h"
@@ -53,28 +57,42 @@ Scores read_scores(const char* name, const TensorView& tensor) {
   return scores;
 }
 
-// Moves the `count` best of `columns` by (-score, index) to its front, in no order, and drops the others.
-void keep_best(Columns& columns, const Scores& scores, std::int64_t count) {
-  if (count >= static_cast<std::int64_t>(columns.size())) return;
-  std::nth_element(columns.begin(), columns.begin() + count, columns.end(), [&](std::int64_t a, std::int64_t b) {
-    const double score_a = scores[static_cast<std::size_t>(a)], score_b = scores[static_cast<std::size_t>(b)];
-    return score_a != score_b ? score_a > score_b : a < b;
-  });
-  columns.resize(static_cast<std::size_t>(count));
+// The `count` best of `columns`, which ascend, by (-score, index); ascending.  Values are selected, not indices: the score
+// that the last of them has says which columns are in, but for those that share it, of which the first ones are.
+Columns best_of(const Columns& columns, const Scores& scores, std::int64_t count) {
+  if (count >= static_cast<std::int64_t>(columns.size())) return columns;
+  Columns chosen;
+  if (count <= 0) return chosen;
+  Scores values(columns.size());
+  for (std::size_t i = 0; i < columns.size(); ++i) values[i] = scores[static_cast<std::size_t>(columns[i])];
+  Scores ranked = values;
+  std::nth_element(ranked.begin(), ranked.begin() + (count - 1), ranked.end(), std::greater<>());
+  const double last = ranked[static_cast<std::size_t>(count - 1)];
+  std::int64_t shared = count - std::count_if(values.begin(), values.end(), [&](double value) { return value > last; });
+  chosen.reserve(static_cast<std::size_t>(count));
+  for (std::size_t i = 0; i < columns.size(); ++i) {
+    if (values[i] > last || (values[i] == last && shared-- > 0)) chosen.push_back(columns[i]);
+  }
+  return chosen;
 }
 
 Columns all_columns(std::size_t cols) {
   Columns columns(cols);
-  for (std::size_t j = 0; j < cols; ++j) columns[j] = static_cast<std::int64_t>(j);
+  std::iota(columns.begin(), columns.end(), 0);
   return columns;
 }
 
-std::vector<bool> best(const Scores& scores, std::int64_t count) {
-  Columns columns = all_columns(scores.size());
-  keep_best(columns, scores, count);
-  std::vector<bool> chosen(scores.size());
-  for (const std::int64_t j : columns) chosen[static_cast<std::size_t>(j)] = true;
-  return chosen;
+// Columns of ascending `a` that are, or are not, in ascending `b`.
+Columns common(const Columns& a, const Columns& b) {
+  Columns found;
+  std::set_intersection(a.begin(), a.end(), b.begin(), b.end(), std::back_inserter(found));
+  return found;
+}
+
+Columns difference(const Columns& a, const Columns& b) {
+  Columns found;
+  std::set_difference(a.begin(), a.end(), b.begin(), b.end(), std::back_inserter(found));
+  return found;
 }
 
 double mean_log_ratio(const Scores& safety, const Scores& task) {
@@ -132,12 +150,9 @@ Selection balanced_mask(const TensorView& mask, const TensorView& safety, const 
         "expected 0 <= keep <= focus <= cols");
 
   const Scores eps = read_scores("safety", safety), zeta = read_scores("task", task);
-  const std::vector<bool> safety_focus = best(eps, options.focus), task_focus = best(zeta, options.focus);
-  Columns both, safety_only;
-  for (std::int64_t j = 0; j < cols; ++j) {
-    const auto at = static_cast<std::size_t>(j);
-    if (safety_focus[at]) (task_focus[at] ? both : safety_only).push_back(j);
-  }
+  const Columns columns = all_columns(eps.size());
+  const Columns safety_focus = best_of(columns, eps, options.focus), task_focus = best_of(columns, zeta, options.focus);
+  const Columns both = common(safety_focus, task_focus), safety_only = difference(safety_focus, task_focus);
 
   Selection result;
   result.overlap = static_cast<std::int64_t>(both.size());
@@ -147,33 +162,30 @@ Selection balanced_mask(const TensorView& mask, const TensorView& safety, const 
                          ? balance(over_mean(eps), over_mean(zeta), result.alpha)
                          : balance(eps, zeta, result.alpha);
 
-  Columns chosen;
+  Columns from_safety_only, from_both;
   switch (options.mode) {
-    case SelectionOptions::Mode::eps:
-      chosen = all_columns(eps.size());
-      keep_best(chosen, eps, options.keep);
+    case SelectionOptions::Mode::eps: {
+      const Columns chosen = best_of(columns, eps, options.keep);
+      from_both = common(chosen, both);
+      from_safety_only = difference(chosen, both);
       break;
-    case SelectionOptions::Mode::phi:
-      chosen = both;
-      keep_best(chosen, phi, options.keep);
+    }
+    case SelectionOptions::Mode::phi: from_both = best_of(both, phi, options.keep); break;
+    case SelectionOptions::Mode::full: {
+      const bool cap = options.overflow == SelectionOptions::Overflow::cap;
+      from_safety_only = cap ? best_of(safety_only, eps, options.keep) : safety_only;
+      from_both = best_of(both, phi, options.keep - static_cast<std::int64_t>(from_safety_only.size()));
       break;
-    case SelectionOptions::Mode::full:
-      chosen = safety_only;
-      if (options.overflow == SelectionOptions::Overflow::cap) keep_best(chosen, eps, options.keep);
-      Columns rest = both;
-      keep_best(rest, phi, std::max<std::int64_t>(0, options.keep - static_cast<std::int64_t>(chosen.size())));
-      chosen.insert(chosen.end(), rest.begin(), rest.end());
-      break;
+    }
   }
+  result.kept_safety_only = static_cast<std::int64_t>(from_safety_only.size());
+  result.kept_overlap = static_cast<std::int64_t>(from_both.size());
 
   auto* out = static_cast<bool*>(mask.data);
   const std::int64_t stride = mask.stride[0];
   for (std::int64_t j = 0; j < cols; ++j) out[j * stride] = false;
-  for (const std::int64_t j : chosen) {
-    out[j * stride] = true;
-    const auto at = static_cast<std::size_t>(j);
-    (safety_focus[at] && task_focus[at] ? result.kept_overlap : result.kept_safety_only) += 1;
-  }
+  for (const std::int64_t j : from_safety_only) out[j * stride] = true;
+  for (const std::int64_t j : from_both) out[j * stride] = true;
   return result;
 }
 
