@@ -20,6 +20,8 @@
 //                matrix are stored as the panels that the products read and write, so that a tile is one run of memory
 //                and the right-hand sides need no packing.  Owners and order of sums are fixed by shape: the result does
 //                not depend on the number of threads.
+// Bound          multiply-adds of the core: the update takes 0.9 of the time at 4096 columns.  Zen 3, one thread, of the
+//                peak of 98 GF/s (49 in float64): 0.75 at 4096 columns, 0.67 at 1024 (float64), 0.6 at 512.
 #include <algorithm>
 #include <cmath>
 
@@ -215,25 +217,32 @@ void copy_lower(const isa::Kernels<T>& kernels, const MatrixView& gram, bool fli
   const std::int64_t n = gram.rows, p = matrix.panel, blocks = matrix.blocks;
   const auto load = kernels.load[static_cast<int>(gram.dtype)];
   threads = useful_threads(n * n / 2, 1 << 16, threads);
-  Buffer<T> columns(threads * matrix.block);
+  Buffer<T> scratch(threads * matrix.block);
   parallel_for(blocks * blocks, threads, [&](std::int64_t task, int thread) {
     const std::int64_t i = blocks - 1 - task / blocks, j = task % blocks;
     if (j > i) return;
-    for (std::int64_t col = matrix.start(j); col < matrix.stop(j); col += p) {
-      T* to = matrix.at(matrix.start(i), col);
-      std::fill(to, to + (matrix.stop(i) - matrix.start(i)) * p, T(0));
-      if (flip) {
-        // Element (row, col) of the reversed matrix is (n-1-row, n-1-col) of the other triangle, so (n-1-col, n-1-row).
-        T* column = columns.data() + thread * matrix.block;
-        for (std::int64_t lane = 0; lane < std::min(p, n - col); ++lane) {
-          const std::int64_t first = std::max(matrix.start(i), col + lane), count = std::min(matrix.stop(i), n) - first;
-          if (count <= 0) continue;
-          load(gram.at(n - 1 - col - lane, n - 1 - first), -gram.col_stride, count, column);
-          for (std::int64_t row = 0; row < count; ++row) matrix.at(first + row, col)[lane] = column[row];
-        }
-      } else {
-        for (std::int64_t row = std::max(matrix.start(i), col); row < std::min(matrix.stop(i), n); ++row) {
-          load(gram.at(row, col), gram.col_stride, std::min(p, row + 1 - col), matrix.at(row, col));
+    const std::int64_t top = matrix.start(i), bottom = std::min(matrix.stop(i), n), left = matrix.start(j);
+    const std::int64_t right = std::min(matrix.stop(j), n);
+    T* line = scratch.data() + thread * matrix.block;
+    if (i == j || bottom < matrix.stop(i)) {  // above the diagonal and beyond the order of `gram`
+      for (std::int64_t col = left; col < matrix.stop(j); col += p) {
+        std::fill(matrix.at(top, col), matrix.at(top, col) + (matrix.stop(i) - top) * p, T(0));
+      }
+    }
+    if (flip) {
+      // Element (row, col) of the reversed matrix is (n-1-row, n-1-col) of the other triangle, so (n-1-col, n-1-row).
+      for (std::int64_t col = left; col < right; ++col) {
+        const std::int64_t first = std::max(top, col);
+        load(gram.at(n - 1 - col, n - 1 - first), -gram.col_stride, bottom - first, line);
+        T* to = matrix.at(first, left + (col - left) / p * p) + (col - left) % p;
+        for (std::int64_t row = 0; row < bottom - first; ++row) to[row * p] = line[row];
+      }
+    } else {
+      for (std::int64_t row = top; row < bottom; ++row) {
+        const std::int64_t count = std::min(right, row + 1) - left;
+        load(gram.at(row, left), gram.col_stride, count, line);
+        for (std::int64_t col = 0; col < count; col += p) {
+          std::copy(line + col, line + std::min(col + p, count), matrix.at(row, left + col));
         }
       }
     }
