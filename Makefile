@@ -16,7 +16,7 @@ export PIP_BUILD_CONSTRAINT := $(CURDIR)/constraints.txt
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 PIP_INSTALL := $(BIN)/python -m pip install --quiet --retries 10 --timeout 120
 # A variable, because a comma would end an argument of call.
-EVERYTHING := '.[demo,test,lint]'
+EVERYTHING := '.[demo,test,lint,bench]'
 retry = for attempt in 1 2 3; do $(1) && break; test $$attempt -lt 3 || exit 1; \
 	echo "attempt $$attempt failed, trying again"; sleep 10; done
 
@@ -25,7 +25,7 @@ help:
 	@echo "make demo    set up and run the main job: a small model learns six tasks, with and without repair (~10 min)"
 	@echo "make test    set up and pass the tests"
 	@echo "make lint    ruff, mypy, clang-format and the layer rule"
-	@echo "make bench   time the kernels beside what one would write by hand"
+	@echo "make bench   time the kernels beside what one would write by hand (~8 min; BENCH_ARGS=--quick: 1 min)"
 	@echo "make dev     editable install for working on the code (build folder kept, warnings are errors)"
 
 $(BIN)/python:
@@ -55,16 +55,16 @@ lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $$(find csrc -name '*.cpp' -o -name '*.h')
+	$(BIN)/clang-format --dry-run --Werror $$(find csrc bench -name '*.cpp' -o -name '*.h')
 	$(BIN)/pytest -q tests/test_layering.py
 
 format: $(VENV)/.installed
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $$(find csrc -name '*.cpp' -o -name '*.h')
+	$(BIN)/clang-format -i $$(find csrc bench -name '*.cpp' -o -name '*.h')
 
 bench: $(VENV)/.installed
-	$(BIN)/python bench/run.py
+	$(BIN)/python bench/run.py $(BENCH_ARGS)
 
 dev: | $(VENV)/.torch
 	@$(call retry,$(PIP_INSTALL) scikit-build-core pybind11 ninja cmake)
