@@ -3,6 +3,7 @@ time for GPUs that are not here, with what the compilers say about registers and
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import subprocess
@@ -27,8 +28,18 @@ TARGETS = {
 }
 
 
-def test_every_kernel_agrees_with_the_reference() -> None:
-    environment = dict(os.environ)
+PARTS = {
+    "elementwise": "merge or statistics or importance or list or dimensions or under_test",
+    "products": "gram or inverse or mask",
+    "project": "project",
+    "orthonormalize": "orthonormalize",
+}
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("part", PARTS)
+def test_every_kernel_agrees_with_the_reference(part: str) -> None:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     environment.pop("HPA_BACKEND", None)
     if not torch.cuda.is_available():
         environment["TRITON_INTERPRET"] = "1"
@@ -41,6 +52,8 @@ def test_every_kernel_agrees_with_the_reference() -> None:
         "no:cacheprovider",
         "-p",
         "no:xdist",
+        "-k",
+        PARTS[part],
         str(HERE / "triton_kernels.py"),
     ]
     ran = subprocess.run(command, env=environment, capture_output=True, text=True, cwd=HERE.parent)
@@ -60,7 +73,8 @@ class Compiled:
             constexprs=constants,
             attrs={(kernel.arg_names.index(name),): [["tt.divisibility", 16]] for name in aligned},
         )
-        self.code = triton.compile(source, target=TARGETS[target], options={"num_warps": num_warps})
+        options = {"num_warps": num_warps, "num_stages": 2 if target.startswith("gfx") else 3}
+        self.code = triton.compile(source, target=TARGETS[target], options=options)
         self.cuda = target.startswith("sm_")
 
     def spills(self) -> int:
@@ -86,7 +100,8 @@ class Compiled:
             )
         return len(
             re.findall(
-                {"load": "global_load_dwordx4", "store": "global_store_dwordx4"}[access], self.code.asm["amdgcn"]
+                {"load": r"(?:global|buffer)_load_dwordx4", "store": r"(?:global|buffer)_store_dwordx4"}[access],
+                self.code.asm["amdgcn"],
             )
         )
 
@@ -96,6 +111,12 @@ def assert_wide(compiled: Compiled, bytes_loaded: int, bytes_stored: int, thread
     assert compiled.spills() == 0
     assert compiled.count("load") >= bytes_loaded // (16 * threads)
     assert compiled.count("store") >= bytes_stored // (16 * threads)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_compiled_before(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What Triton compiles stays in this test."""
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
 
 
 def threads_of(target: str, num_warps: int) -> int:
@@ -150,3 +171,75 @@ def test_accumulate_importance_compiles_to_wide_accesses(target: str, dtype: str
     constants |= {"ALIGNED": True, "ARITHMETIC": tl.float32, "CHUNK": 4096}
     compiled = Compiled(target, importance_kernel, {"pieces": "*i64", "piece_of": "*i32"}, constants, 8)
     assert_wide(compiled, 4096 * (4 + 2 * NAMES[dtype]), 4096 * 4, threads_of(target, 8))
+
+
+@pytest.mark.parametrize("dtype", NAMES)
+@pytest.mark.parametrize("target", TARGETS)
+def test_accumulate_gram_compiles_to_matrix_units_and_wide_accesses(target: str, dtype: str) -> None:
+    from hpa_ext.triton.accumulate_gram import _tile, fold_kernel, gram_kernel
+
+    block, block_tokens, num_warps = _tile({"bf16": torch.bfloat16, "fp32": torch.float32}[dtype], 4096)
+    signature = {"partial": "*fp32", "x": f"*{dtype}", "tokens": "i32", "cols": "i32", "per_split": "i32"}
+    constants = {"x_col_stride": 1, "SPAN": 2048, "BLOCK": block, "BLOCK_TOKENS": block_tokens}
+    compiled = Compiled(target, gram_kernel, {**signature, "x_row_stride": "i32"}, constants, num_warps)
+    assert_wide(compiled, 0, block * block * 4, threads_of(target, num_warps))
+    units = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "gfx942": "v_mfma_f32_32x32x8_bf16"}[target]
+    assert (units in compiled.code.asm["ptx" if compiled.cuda else "amdgcn"]) == (dtype == "bf16")
+    assert "tf32" not in compiled.code.asm.get("ptx", "")
+    signature = {"gram": "*fp32", "partial": "*fp32", "scale_bits": "i64", "cols": "i32", "splits": "i32"}
+    constants = {"gram_col_stride": 1, "BLOCK": block}
+    compiled = Compiled(target, fold_kernel, {**signature, "gram_row_stride": "i32"}, constants, block // 8)
+    assert_wide(compiled, 2 * block * block * 4, block * block * 4, threads_of(target, block // 8))
+
+
+@pytest.mark.parametrize("dtype", NAMES)
+@pytest.mark.parametrize("target", TARGETS)
+def test_project_compiles_to_wide_accesses(target: str, dtype: str) -> None:
+    from hpa_ext.triton import project
+
+    table = {"pieces": "*i64", "piece_of": "*i32"}
+    sizes = {"vectors": "i32", "rank": "i32"}
+    number = {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype]
+    tables = project.table_of([[torch.zeros(1, 8192, dtype=number)], [torch.zeros(9, 8192, dtype=number)]], 1, 8192)
+    size = NAMES[dtype]
+
+    for vectors, kernels in ((1, ("dot_kernel", "update_kernel")), (64, ("matrix_dot_kernel", "matrix_update_kernel"))):
+        grads, basis = [torch.zeros(vectors, 8192, dtype=number)], [torch.zeros(9, 8192, dtype=number)]
+        launch = (project._Matrix if vectors > 1 else project._Vectors)(
+            tables[0], grads, basis, project.arithmetic(*grads), 8192
+        )
+        for kernel, partial in zip(kernels, ({"partial": "*fp64"}, {"coefficients": "*fp32"}), strict=True):
+            options = dict(launch.constants)
+            if vectors > 1:
+                options |= launch.dot_constants if kernel == kernels[0] else launch.update_constants
+            num_warps = options.pop("num_warps")
+            if "dot" in kernel:
+                options["BLOCK"] = project.BLOCK
+            compiled = Compiled(target, getattr(project, kernel), {**table, **partial, **sizes}, options, num_warps)
+            assert options["ALIGNED"]
+            assert compiled.spills() == 0
+            if vectors == 1:
+                assert compiled.count("load") >= 8 * 256 * size // (16 * threads_of(target, num_warps))
+
+
+@pytest.mark.parametrize("dtype", NAMES)
+@pytest.mark.parametrize("target", TARGETS)
+def test_orthonormalize_and_inverse_diagonal_compile_without_spills(target: str, dtype: str) -> None:
+    import triton.language as tl
+
+    from hpa_ext.triton.orthonormalize import apply_kernel, factor_kernel, gram_kernel
+
+    rows = {"block": f"*{dtype}", "rows": "i32", "n": "i32", "row_stride": "i32"}
+    constants = {"col_stride": 1, "ARITHMETIC": tl.float32, "SIZE": 8}
+    gram = Compiled(target, gram_kernel, {**rows, "partial": "*fp64"}, {**constants, "CHUNK": 4096, "SPAN": 64}, 4)
+    apply = Compiled(target, apply_kernel, {**rows, "transform": "*fp64"}, {**constants, "COLS": 128}, 4)
+    assert gram.spills() == apply.spills() == 0
+    if dtype == "fp32":
+        signature = {"partial": "*fp64", "transform": "*fp64", "lengths": "*fp64", "kept": "*i32", "rtol_bits": "i64"}
+        sizes = {"chunks": "i32", "rows": "i32"}
+        factor = Compiled(target, factor_kernel, {**signature, **sizes}, {"SECOND": False, "SIZE": 8, "FOLD": 32}, 1)
+        assert factor.spills() == 0
+        damp = importlib.import_module("hpa_ext.triton.inverse_diagonal").damp_kernel
+        signature = {"gram": "*fp32", "matrix": "*fp32", "lam": "*fp64", "finite": "*i32", "cols": "i32"}
+        constants = {"col_stride": 1, "REVERSED": True, "BLOCK": 64}
+        assert Compiled(target, damp, {**signature, "row_stride": "i32"}, constants, 4).spills() == 0
