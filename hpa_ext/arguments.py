@@ -71,6 +71,11 @@ def as_tensor(
     if isinstance(value, Tensor):
         if type(value).__torch_dispatch__ is not Tensor.__torch_dispatch__:
             raise TypeError(f"{name}: expected a plain tensor, got {type(value).__name__}; pass what it wraps")
+        if torch._C._functorch.is_functorch_wrapped_tensor(value):
+            raise TypeError(
+                f"{name}: expected a plain tensor, got one that torch.func wraps (vmap, grad, jvp); call the function "
+                "outside of the transform"
+            )
         tensor = value.detach()
         if tensor.layout is not torch.strided:
             raise TypeError(f"{name}: expected a dense tensor, got layout {tensor.layout}")

@@ -107,4 +107,45 @@ CALLS: dict[str, Callable[[dict[str, Any]], tuple[Any, ...]]] = {
 @pytest.mark.parametrize("name", CALLS)
 def test_schemas_and_shapes_hold(name: str) -> None:
     operator = getattr(torch.ops.hpa_ext, name).default
-    torch.library.opcheck(operator, CALLS[name](inputs()), test_utils=("test_schema", "test_faketensor"))
+    torch.library.opcheck(operator, CALLS[name](inputs()))
+
+
+SAVED: dict[str, Callable[[Tensor], Any]] = {
+    "accumulate_gram_": lambda w: hpa_ext.accumulate_gram_(w, torch.ones(2, 5)),
+    "accumulate_importance_": lambda w: hpa_ext.accumulate_importance_(w, torch.ones(5, 5)),
+    "merge_": lambda w: hpa_ext.merge_(w, torch.zeros(5, 5), MASK),
+    "project_": lambda w: hpa_ext.project_(w, orthonormal_rows(2, 5)),
+    "project_ of a list": lambda w: hpa_ext.project_([w], [torch.ones(1, 5, 5) / 5]),
+    "orthonormalize_": hpa_ext.orthonormalize_,
+}
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("name", SAVED)
+def test_autograd_notices_that_a_saved_tensor_was_changed(
+    name: str, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if backend == "reference":  # the other one is what serves these tensors anyway, by its fastest path
+        monkeypatch.setenv("HPA_BACKEND", backend)
+    weight, x = torch.nn.Parameter(normal(5, 5)), torch.nn.Parameter(normal(5, 5, seed=1))
+    loss = (weight * x).sum()
+    SAVED[name](weight.detach())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_functions_inside_torch_func_are_refused_by_name() -> None:
+    basis = orthonormal_rows(2, 5)
+    with pytest.raises(TypeError, match="^grads: expected a plain tensor, got one that torch.func .*vmap"):
+        torch.func.vmap(lambda grads: hpa_ext.project_(grads, basis))(normal(3, 4, 5))
+    with pytest.raises(TypeError, match="^before: expected a plain tensor, got one that torch.func"):
+        torch.func.grad(lambda w: hpa_ext.change_statistics(w, normal(4, 5)).dot)(normal(4, 5))
+
+
+def test_operators_give_shapes_and_dtypes_on_the_meta_device() -> None:
+    weights = torch.zeros(4, 5, device="meta", dtype=torch.bfloat16)
+    column_change, scalars = torch.ops.hpa_ext.change_statistics(weights, weights, None)
+    assert (column_change.shape, column_change.dtype, column_change.device.type) == ((5,), torch.float32, "meta")
+    assert (scalars.shape, scalars.dtype) == ((3,), torch.float64)
+    with pytest.raises(TypeError, match="^before: expected a tensor with data, got one on the meta device"):
+        hpa_ext.change_statistics(weights, weights)
