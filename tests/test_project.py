@@ -49,6 +49,26 @@ def test_every_instruction_set_agrees_with_the_reference(
     check(normal(vectors, n, dtype=dtype), orthonormal_rows(rank, n, seed=1, dtype=dtype))
 
 
+# Rows of the basis are read in their own dtype, by eights, fours and ones, in blocks and with a rest of each length.
+@pytest.mark.parametrize(("n", "rank"), [(63, 13), (2049, 8), (8223, 5), (20_011, 11)])
+@pytest.mark.parametrize("basis_dtype", FLOATS)
+@pytest.mark.parametrize("grad_dtype", FLOATS)
+def test_the_basis_may_have_a_dtype_of_its_own(
+    isa: str, n: int, rank: int, basis_dtype: torch.dtype, grad_dtype: torch.dtype
+) -> None:
+    check(normal(2, n, dtype=grad_dtype), orthonormal_rows(rank, n, seed=1, dtype=basis_dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_16_bit_number_is_read_as_itself(isa: str, dtype: torch.dtype) -> None:
+    numbers = torch.arange(2**16, dtype=torch.int32).to(torch.int16).view(dtype)
+    numbers = numbers[numbers.isfinite() & (numbers.abs() < 2**60)]
+    grads = torch.zeros(len(numbers) + 1)
+    grads[0] = 1.0  # the coefficient is 1, and each element loses its number of the basis
+    hpa_ext.project_(grads[None], torch.cat([torch.ones(1, dtype=dtype), numbers])[None])
+    assert torch.equal(grads[1:], -numbers.float())
+
+
 @given(
     vectors=st.sampled_from((0, 1, 2, 8, 9, 35, 60)),
     n=st.sampled_from((0, 1, 2, 50, 130)),

@@ -2,13 +2,16 @@
 //
 // Arithmetic   float32, or float64 where any argument is.  Dot products: float32 over at most 2048 elements, float64
 //              over blocks and over the list.  g is rounded to its storage dtype once a pass.
-// Bytes moved  Few vectors: grads read twice and written once, basis read twice, both the minimum for a dot product of
-//              the whole that must be finished before it is used.  Many vectors: groups of rows read the basis twice
-//              each, against 2 * rank multiply-adds an element.
-// Design       Two loops, chosen by shape.  Few vectors or a small basis: stream blocks that fit the first-level cache,
-//              four rows of the basis at a time.  Many vectors and a large basis: two products of packed panels for
-//              each group of vectors, which needs nothing from other groups.  Owners and order of sums are fixed by
-//              shape: the result does not depend on the number of threads.
+// Bytes moved  Few vectors: grads read twice and written once, basis read twice in its own dtype, both the minimum for a
+//              dot product of the whole that must be finished before it is used.  Many vectors: groups of rows read the
+//              basis twice each, against 2 * rank multiply-adds an element.
+// Bound        Few vectors: reading the basis.  Zen 3, one core, rank 64: 16 GB/s of the 17 GB/s that a plain read of
+//              memory gets (2 M elements, float32), 60 GB/s from the second-level cache (bfloat16: 32).
+// Design       Two loops, chosen by shape.  Few vectors or a small basis: eight rows of the basis at a time meet a block
+//              of the vector that stays in a cache; 16-bit rows are widened in registers.  The second pass goes
+//              backwards and starts on what the first one left in the caches.  Many vectors and a large basis: two
+//              products of packed panels for each group of vectors, which needs nothing from other groups.  Owners and
+//              order of sums are fixed by shape: the result does not depend on the number of threads.
 #include <algorithm>
 #include <vector>
 
@@ -22,7 +25,8 @@
 namespace hpa {
 namespace {
 
-constexpr std::int64_t kBlock = 2048;        // elements of a vector at a time: four rows of the basis and one of grads
+constexpr std::int64_t kBlock = 8192;        // elements of a row read in one go: long enough for the prefetchers
+constexpr std::int64_t kSum = 2048;          // elements of a sum in T
 constexpr std::int64_t kVectors = 8;         // vectors that share a reading of the basis
 constexpr std::int64_t kGroups = 512;        // most groups of blocks over which partial sums are kept
 constexpr std::int64_t kManyVectors = 32;    // from here on, with a basis of
@@ -59,13 +63,16 @@ class Stream {
   Stream(const Slices& slices, int threads)
       : kernels_(isa::active().kernels<T>()),
         slices_(slices),
-        pieces_(cut(slices, kBlock)),
+        block_(std::min(kBlock, longest_slice(slices))),
+        pieces_(cut(slices, block_)),
+        together_(std::min(kVectors, slices.vectors)),
         vector_groups_(ceil_div(slices.vectors, kVectors)),
         piece_groups_(std::clamp<std::int64_t>(kGroups / vector_groups_, 1, static_cast<std::int64_t>(pieces_.size()))),
         threads_(useful_threads(slices.vectors * slices.rank * slices.length, kGrain, threads)),
         coefficients_(slices.vectors * slices.rank),
         partial_(piece_groups_ * slices.vectors * slices.rank),
-        scratch_(threads_ * (kVectors + 4) * kBlock) {}
+        vectors_(threads_ * together_ * block_),
+        rows_(needs_copy(slices) ? threads_ * isa::kRows * block_ : 0) {}
 
   void run() {
     const std::int64_t tasks = vector_groups_ * piece_groups_;
@@ -76,7 +83,8 @@ class Stream {
       for (std::int64_t group = 0; group < piece_groups_; ++group) sum += partial_[group * count + i];
       coefficients_[i] = static_cast<T>(sum);
     }
-    parallel_for(tasks, threads_, [&](std::int64_t task, int thread) { subtract(task, thread); });
+    // Backwards: what was read last is still in a cache.
+    parallel_for(tasks, threads_, [&](std::int64_t task, int thread) { subtract(tasks - 1 - task, thread); });
   }
 
  private:
@@ -84,6 +92,25 @@ class Stream {
     std::int64_t first_vector, vectors, group;
     std::size_t first_piece, last_piece;
   };
+
+  // Rows of the basis, side by side in their own dtype or as T.
+  struct Rows {
+    const void* at[isa::kRows];
+    DType dtype;
+  };
+
+  static std::int64_t longest_slice(const Slices& slices) {
+    std::int64_t longest = 0;
+    for (const RowsView& grads : slices.grads) longest = std::max(longest, grads.length());
+    return longest;
+  }
+
+  static bool needs_copy(const Slices& slices) {
+    const isa::Kernels<T>& kernels = isa::active().kernels<T>();
+    return std::any_of(slices.basis.begin(), slices.basis.end(), [&](const RowsView& basis) {
+      return basis.find(0, 0) == nullptr || kernels.add_dots[static_cast<int>(basis.dtype())] == nullptr;
+    });
+  }
 
   Task describe(std::int64_t task) const {
     const std::int64_t group = task / vector_groups_, first = task % vector_groups_ * kVectors;
@@ -93,35 +120,42 @@ class Stream {
             static_cast<std::size_t>((group + 1) * pieces / piece_groups_)};
   }
 
-  // Rows [k, k + 4) of the basis; where it ends, its last row is repeated and its results are not used.
-  void read_basis(const Piece& piece, std::int64_t k, T* scratch, const T* rows[4]) const {
-    for (std::int64_t i = 0; i < 4; ++i) {
-      rows[i] = k + i < slices_.rank
-                    ? slices_.basis[piece.slice].read(kernels_, k + i, piece.start, piece.count, scratch + i * kBlock)
-                    : rows[i - 1];
+  Rows read_basis(const Piece& piece, std::int64_t first, std::int64_t number, int thread) const {
+    const RowsView& basis = slices_.basis[piece.slice];
+    Rows rows{{}, basis.dtype()};
+    const bool direct = basis.find(0, 0) != nullptr && kernels_.add_dots[static_cast<int>(rows.dtype)] != nullptr;
+    if (!direct) rows.dtype = kNative<T>;
+    for (std::int64_t r = 0; r < number; ++r) {
+      rows.at[r] = direct ? basis.find(first + r, piece.start)
+                          : basis.read(kernels_, first + r, piece.start, piece.count,
+                                       rows_.data() + (thread * isa::kRows + r) * block_);
     }
+    return rows;
+  }
+
+  T* read_vector(const Task& task, std::int64_t v, const Piece& piece, int thread) const {
+    return slices_.grads[piece.slice].read(kernels_, task.first_vector + v, piece.start, piece.count,
+                                           vectors_.data() + (thread * together_ + v) * block_);
   }
 
   void multiply(std::int64_t number, int thread) const {
     const Task task = describe(number);
-    T* scratch = scratch_.data() + thread * (kVectors + 4) * kBlock;
     double* sums = partial_.data() + (task.group * slices_.vectors + task.first_vector) * slices_.rank;
     std::fill(sums, sums + task.vectors * slices_.rank, 0.0);
     for (std::size_t index = task.first_piece; index < task.last_piece; ++index) {
       const Piece& piece = pieces_[index];
       const T* vectors[kVectors];
-      for (std::int64_t v = 0; v < task.vectors; ++v) {
-        vectors[v] = slices_.grads[piece.slice].read(kernels_, task.first_vector + v, piece.start, piece.count,
-                                                     scratch + (4 + v) * kBlock);
-      }
-      for (std::int64_t k = 0; k < slices_.rank; k += 4) {
-        const T* rows[4];
-        read_basis(piece, k, scratch, rows);
+      for (std::int64_t v = 0; v < task.vectors; ++v) vectors[v] = read_vector(task, v, piece, thread);
+      for (std::int64_t k = 0; k < slices_.rank; k += isa::kRows) {
+        const std::int64_t count = std::min<std::int64_t>(isa::kRows, slices_.rank - k);
+        const Rows rows = read_basis(piece, k, count, thread);
+        const auto add_dots = kernels_.add_dots[static_cast<int>(rows.dtype)];
         for (std::int64_t v = 0; v < task.vectors; ++v) {
-          double dots[4];
-          kernels_.dot4(rows, vectors[v], piece.count, dots);
-          for (std::int64_t i = 0; i < std::min<std::int64_t>(4, slices_.rank - k); ++i) {
-            sums[v * slices_.rank + k + i] += dots[i];
+          Rows part = rows;
+          for (std::int64_t at = 0; at < piece.count; at += kSum) {
+            add_dots(part.at, count, vectors[v] + at, std::min(kSum, piece.count - at), sums + v * slices_.rank + k);
+            for (int r = 0; r < count; ++r)
+              part.at[r] = static_cast<const char*>(part.at[r]) + kSum * element_size(rows.dtype);
           }
         }
       }
@@ -130,38 +164,34 @@ class Stream {
 
   void subtract(std::int64_t number, int thread) const {
     const Task task = describe(number);
-    T* scratch = scratch_.data() + thread * (kVectors + 4) * kBlock;
-    for (std::size_t index = task.first_piece; index < task.last_piece; ++index) {
+    for (std::size_t index = task.last_piece; index-- > task.first_piece;) {
       const Piece& piece = pieces_[index];
-      const RowsView& grads = slices_.grads[piece.slice];
       T* vectors[kVectors];
-      for (std::int64_t v = 0; v < task.vectors; ++v) {
-        vectors[v] = grads.read(kernels_, task.first_vector + v, piece.start, piece.count, scratch + (4 + v) * kBlock);
-      }
-      for (std::int64_t k = 0; k < slices_.rank; k += 4) {
-        const T* rows[4];
-        read_basis(piece, k, scratch, rows);
+      for (std::int64_t v = 0; v < task.vectors; ++v) vectors[v] = read_vector(task, v, piece, thread);
+      for (std::int64_t k = 0; k < slices_.rank; k += isa::kRows) {
+        const std::int64_t count = std::min<std::int64_t>(isa::kRows, slices_.rank - k);
+        const Rows rows = read_basis(piece, k, count, thread);
+        const auto subtract_rows = kernels_.subtract_rows[static_cast<int>(rows.dtype)];
         for (std::int64_t v = 0; v < task.vectors; ++v) {
-          const T* known = coefficients_.data() + (task.first_vector + v) * slices_.rank + k;
-          T factors[4] = {};
-          std::copy(known, known + std::min<std::int64_t>(4, slices_.rank - k), factors);
-          kernels_.subtract4(factors, rows, piece.count, vectors[v]);
+          const T* factors = coefficients_.data() + (task.first_vector + v) * slices_.rank + k;
+          subtract_rows(rows.at, count, factors, piece.count, vectors[v]);
         }
       }
       for (std::int64_t v = 0; v < task.vectors; ++v) {
-        grads.write(kernels_, task.first_vector + v, piece.start, piece.count, vectors[v]);
+        slices_.grads[piece.slice].write(kernels_, task.first_vector + v, piece.start, piece.count, vectors[v]);
       }
     }
   }
 
   const isa::Kernels<T>& kernels_;
   const Slices& slices_;
+  std::int64_t block_;
   std::vector<Piece> pieces_;
-  std::int64_t vector_groups_, piece_groups_;
+  std::int64_t together_, vector_groups_, piece_groups_;
   int threads_;
   Buffer<T> coefficients_;
   Buffer<double> partial_;
-  Buffer<T> scratch_;
+  Buffer<T> vectors_, rows_;
 };
 
 // ---- Many vectors: panels ----

@@ -58,6 +58,12 @@ class RowsView {
     return part;
   }
 
+  // Elements of a vector from `offset` on where they lie side by side, in the tensor's own dtype; else null.
+  void* find(std::int64_t row, std::int64_t offset) const {
+    if (dims_ != 1 || stride_[0] != 1) return nullptr;
+    return data_ + (row * row_stride_ + offset) * size_;
+  }
+
   // Elements [offset, offset + count) of a vector: where they lie, or converted into `scratch`.
   template <class T>
   T* read(const isa::Kernels<T>& kernels, std::int64_t row, std::int64_t offset, std::int64_t count, T* scratch) const {
@@ -83,8 +89,7 @@ class RowsView {
  private:
   template <class T>
   T* in_place(std::int64_t row, std::int64_t offset) const {
-    if (dims_ != 1 || stride_[0] != 1 || dtype_ != kNative<T>) return nullptr;
-    return reinterpret_cast<T*>(data_ + (row * row_stride_ + offset) * size_);
+    return dtype_ == kNative<T> ? static_cast<T*>(find(row, offset)) : nullptr;
   }
 
   template <class Body>

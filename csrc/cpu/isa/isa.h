@@ -13,6 +13,9 @@
 
 namespace hpa::isa {
 
+// Most rows of a matrix that one call of add_dots or subtract_rows takes.
+inline constexpr int kRows = 8;
+
 // C += alpha * A A^T on packed operands, sums in T.  An entry E of the depth is one element (E = T), or a pair of
 // bfloat16 values that lie one after the other in the depth (E = std::uint32_t).
 //
@@ -56,10 +59,17 @@ struct Kernels {
   double (*dot)(const T* a, const T* b, std::int64_t count);
   // out[i] = <a[i], b>, i < 4: b is read once.
   void (*dot4)(const T* const a[4], const T* b, std::int64_t count, double out[4]);
-  // y -= sum_{i < 4} factor[i] * x[i].
-  void (*subtract4)(const T factor[4], const T* const x[4], std::int64_t count, T* y);
   void (*scale)(double factor, std::int64_t count, T* x);    // x *= factor, rounded once
   double (*sum_of_squares)(const T* x, std::int64_t count);  // in double throughout
+
+  // ---- Rows as they are stored, `number` <= kRows of them; null for a dtype that must be converted to T first. ----
+  // sums[r] += <rows[r], x>: products are summed in T by lane, lanes in double.
+  using AddDots = void (*)(const void* const* rows, std::int64_t number, const T* x, std::int64_t count, double* sums);
+  AddDots add_dots[kFloatTypes];
+  // y -= sum_r factors[r] * rows[r].
+  using SubtractRows = void (*)(const void* const* rows, std::int64_t number, const T* factors, std::int64_t count,
+                                T* y);
+  SubtractRows subtract_rows[kFloatTypes];
 
   void (*add_squares)(const T* g, std::int64_t count, T* total);
   void (*add_abs_products)(const T* g, const T* w, std::int64_t count, T* total);

@@ -25,6 +25,7 @@ namespace {
 
 #include "formats.inl"
 #include "vectors.inl"
+#include "rows.inl"
 #include "streams.inl"
 #include "panels.inl"
 #include "factor.inl"
@@ -36,9 +37,11 @@ constexpr Kernels<T> make_kernels() {
       {store<F32, T>, store<F64, T>, store<Bf16, T>, store<F16, T>},
       dot<T>,
       dot4<T>,
-      subtract4<T>,
       scale<T>,
       sum_of_squares<T>,
+      {choose_add_dots<F32, T>(), choose_add_dots<F64, T>(), choose_add_dots<Bf16, T>(), choose_add_dots<F16, T>()},
+      {choose_subtract_rows<F32, T>(), choose_subtract_rows<F64, T>(), choose_subtract_rows<Bf16, T>(),
+       choose_subtract_rows<F16, T>()},
       add_squares<T>,
       add_abs_products<T>,
       kPanel<T>,

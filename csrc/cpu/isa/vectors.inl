@@ -136,20 +136,6 @@ void dot4(const T* const a[4], const T* b, std::int64_t count, double out[4]) {
 }
 
 template <class T>
-void subtract4(const T factor[4], const T* const x[4], std::int64_t count, T* y) {
-  constexpr std::int64_t w = Vector<T>::width;
-  const T f0 = factor[0], f1 = factor[1], f2 = factor[2], f3 = factor[3];
-  const T *x0 = x[0], *x1 = x[1], *x2 = x[2], *x3 = x[3];
-  std::int64_t i = 0;
-  for (; i + w <= count; i += w) {
-    const V<T> one = spread(f0) * read(x0 + i) + spread(f1) * read(x1 + i);
-    const V<T> two = spread(f2) * read(x2 + i) + spread(f3) * read(x3 + i);
-    write(y + i, read(y + i) - (one + two));
-  }
-  for (; i < count; ++i) y[i] -= (f0 * x0[i] + f1 * x1[i]) + (f2 * x2[i] + f3 * x3[i]);
-}
-
-template <class T>
 void scale(double factor, std::int64_t count, T* x) {
   for (std::int64_t i = 0; i < count; ++i) x[i] = static_cast<T>(factor * static_cast<double>(x[i]));
 }
