@@ -23,7 +23,7 @@ from torch import Tensor
 
 __all__ = ["BACKENDS", "INTERFACE", "Backend", "BackendError", "automatic", "extension", "select", "triton_trouble"]
 
-INTERFACE: Final = 2
+INTERFACE: Final = 3
 """Version of the calls between this package and ``_cpu``; raised together with the constant of csrc/bindings."""
 
 BACKENDS: Final = ("cpu", "triton", "reference")

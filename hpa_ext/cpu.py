@@ -17,8 +17,10 @@ __all__ = [
     "accumulate_importance_",
     "balanced_mask",
     "change_statistics",
+    "change_statistics_list",
     "inverse_diagonal",
     "merge_",
+    "merge_list_",
     "orthonormalize_",
     "project_",
 ]
@@ -57,6 +59,17 @@ def change_statistics(before: Tensor, after: Tensor) -> tuple[Tensor, Tensor]:
     return column_change, scalars
 
 
+def change_statistics_list(before: list[Tensor], after: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """:func:`change_statistics` of each layer, in one call."""
+    columns = [
+        torch.empty(old.shape[1], dtype=torch.float64 if old.dtype == torch.float64 else torch.float32, device="cpu")
+        for old in before
+    ]
+    scalars = torch.empty(len(before), 3, dtype=torch.float64, device="cpu").unbind()
+    extension().change_statistics_list(columns, scalars, before, after, get_num_threads())
+    return list(zip(columns, scalars, strict=True))
+
+
 def balanced_mask(
     safety: Tensor,
     task: Tensor,
@@ -79,6 +92,12 @@ def balanced_mask(
 def merge_(after: Tensor, before: Tensor, mask: Tensor, projection: float) -> None:
     extension().merge_(after, before, mask, projection, get_num_threads())
     _written(after)
+
+
+def merge_list_(after: list[Tensor], before: list[Tensor], mask: list[Tensor], projection: list[float]) -> None:
+    """:func:`merge_` of each layer, in one call."""
+    extension().merge_list_(after, before, mask, projection, get_num_threads())
+    _written(*after)
 
 
 def project_(grads: list[Tensor], basis: list[Tensor], passes: int) -> None:

@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple, TypeVar, cast
+from typing import Any, Literal, NamedTuple, TypeVar, cast, overload
 
 import torch
 from torch import Tensor
@@ -299,19 +299,31 @@ def accumulate_importance_(
     return importance
 
 
-def change_statistics(before: TensorLike, after: TensorLike, *, backend: str | None = None) -> ChangeStatistics:
+@overload
+def change_statistics(before: TensorLike, after: TensorLike, *, backend: str | None = None) -> ChangeStatistics: ...
+@overload
+def change_statistics(
+    before: Sequence[TensorLike], after: Sequence[TensorLike], *, backend: str | None = None
+) -> list[ChangeStatistics]: ...
+def change_statistics(
+    before: TensorLike | Sequence[TensorLike],
+    after: TensorLike | Sequence[TensorLike],
+    *,
+    backend: str | None = None,
+) -> ChangeStatistics | list[ChangeStatistics]:
     """Reads both weights once and returns what the scores and the orthogonal adjustment need.
 
     ``column_change[j] = mean_i (after - before)[i, j]^2``, ``dot = <after - before, before>``, and both squared norms.
     The projection coefficient of the paper is ``dot / before_norm_sq``.
 
     Args:
-        before: ``[rows, cols]`` old weights; float32, bfloat16, float16 or float64.
-        after: ``[rows, cols]`` new weights, of the same dtype.
+        before: ``[rows, cols]`` old weights; float32, bfloat16, float16 or float64. Or a list of layers.
+        after: ``[rows, cols]`` new weights, of the same dtype. Or a list like ``before``.
         backend: ``"cpu"``, ``"reference"`` or ``None``.
 
     Returns:
-        :class:`ChangeStatistics`. With no rows, all zeros.
+        :class:`ChangeStatistics`, or a list with one for each layer: the same numbers as from a call for each, but the
+        threads share the whole list. With no rows, all zeros.
 
     Raises:
         TypeError, ValueError: see the module.
@@ -322,14 +334,13 @@ def change_statistics(before: TensorLike, after: TensorLike, *, backend: str | N
     """
     if backend is None and not is_dynamo_compiling() and (answer := direct.change_statistics(before, after)):
         return ChangeStatistics._make(answer)
+    if isinstance(before, (list, tuple)):
+        return _change_statistics_list(before, after, backend)
+    before, after = cast(TensorLike, before), cast(TensorLike, after)
     if is_compiling():
         column_change, scalars = torch.ops.hpa_ext.change_statistics(before, after, backend)
         return ChangeStatistics(column_change, *scalars.unbind())
-    before_tensor = as_tensor("before", before, dims="[rows, cols]")
-    after_tensor = as_tensor("after", after, dims="[rows, cols]")
-    check_same_shape("after", after_tensor, "before", before_tensor)
-    check_same_dtype("after", after_tensor, "before", before_tensor)
-    check_same_device("after", after_tensor, "before", before_tensor)
+    before_tensor, after_tensor = _weights(before, after)
     implementation = backends.select(backend, before_tensor.device)
     column_change, scalars = implementation.change_statistics(before_tensor, after_tensor)
     return ChangeStatistics(column_change, *scalars.unbind())
@@ -426,7 +437,14 @@ def balanced_mask(
     )
 
 
-def merge_(after: T, before: TensorLike, mask: TensorLike, projection: float = 0.0, *, backend: str | None = None) -> T:
+def merge_(
+    after: Tensors,
+    before: TensorLike | Sequence[TensorLike],
+    mask: TensorLike | Sequence[TensorLike],
+    projection: float | Sequence[float] = 0.0,
+    *,
+    backend: str | None = None,
+) -> Tensors:
     """Writes the edited weights over ``after``: old columns where ``mask``, ``after - projection * before`` elsewhere.
 
     Args:
@@ -434,6 +452,7 @@ def merge_(after: T, before: TensorLike, mask: TensorLike, projection: float = 0
         before: ``[rows, cols]`` old weights, of the same dtype.
         mask: bool ``[cols]``: columns to take from ``before``.
         projection: coefficient of the orthogonal adjustment, finite.
+            All four may be lists with an entry for each layer; one ``projection`` then serves all.
         backend: ``"cpu"``, ``"reference"`` or ``None``.
 
     Returns:
@@ -442,27 +461,21 @@ def merge_(after: T, before: TensorLike, mask: TensorLike, projection: float = 0
     Raises:
         TypeError, ValueError: see the module.
 
-    One pass. Kept columns are bit-exact copies of ``before``, and with ``projection == 0`` the others keep their bits.
-    The rest is computed in float32 (float64 for float64) and rounded once to the storage dtype. Bit-reproducible. NaN
-    and Inf spread to their element.
+    One pass; the threads share the layers of a list. Kept columns are bit-exact copies of ``before``, and with
+    ``projection == 0`` the others keep their bits. The rest is computed in float32 (float64 for float64) and rounded
+    once to the storage dtype. Bit-reproducible. NaN and Inf spread to their element.
     """
     if backend is None and not is_dynamo_compiling() and direct.merge_(after, before, mask, projection):
+        return after
+    if isinstance(after, (list, tuple)):
+        _merge_list(after, before, mask, projection, backend)
         return after
     if is_compiling():
         torch.ops.hpa_ext.merge_(after, before, mask, projection, backend)
         return after
-    after_tensor = as_tensor("after", after, dims="[rows, cols]", writable=True)
-    before_tensor = as_tensor("before", before, dims="[rows, cols]")
-    mask_tensor = as_tensor("mask", mask, dtypes=(torch.bool,), dims="[cols]")
-    check_same_shape("before", before_tensor, "after", after_tensor)
-    check_same_dtype("before", before_tensor, "after", after_tensor)
-    check_same_device("before", before_tensor, "after", after_tensor)
-    check_same_device("mask", mask_tensor, "after", after_tensor)
-    if mask_tensor.shape[0] != after_tensor.shape[1]:
-        raise ValueError(f"mask: expected {after_tensor.shape[1]} entries, one a column, got {mask_tensor.shape[0]}")
-    check_no_overlap([("after", after_tensor)], [("before", before_tensor), ("mask", mask_tensor)])
-    coefficient = as_number("projection", projection)
-    backends.select(backend, after_tensor.device).merge_(after_tensor, before_tensor, mask_tensor, coefficient)
+    layer = _merge_arguments("", cast(TensorLike, after), before, mask, projection)
+    check_no_overlap([("after", layer[0])], [("before", layer[1]), ("mask", layer[2])])
+    backends.select(backend, layer[0].device).merge_(*layer)
     return after
 
 
@@ -586,6 +599,84 @@ def orthonormalize_(
     return implementation.orthonormalize_(vector_tensor, basis_tensor, tolerance)
 
 
+def _weights(before: Any, after: Any, place: str = "") -> tuple[Tensor, Tensor]:
+    """Checked arguments of change_statistics; ``place`` is an index in a list, for messages."""
+    before_tensor = as_tensor(f"before{place}", before, dims="[rows, cols]")
+    after_tensor = as_tensor(f"after{place}", after, dims="[rows, cols]")
+    check_same_shape(f"after{place}", after_tensor, f"before{place}", before_tensor)
+    check_same_dtype(f"after{place}", after_tensor, f"before{place}", before_tensor)
+    check_same_device(f"after{place}", after_tensor, f"before{place}", before_tensor)
+    return before_tensor, after_tensor
+
+
+def _change_statistics_list(before: Sequence[Any], after: Any, backend: str | None) -> list[ChangeStatistics]:
+    after_items = _as_list("after", after, len(before), "tensors like before")
+    if is_compiling():
+        return [change_statistics(old, new, backend=backend) for old, new in zip(before, after_items, strict=True)]
+    layers = [_weights(old, new, f"[{i}]") for i, (old, new) in enumerate(zip(before, after_items, strict=True))]
+    if not layers:
+        return []
+    for i, (old, _) in enumerate(layers):
+        check_same_device(f"before[{i}]", old, "before[0]", layers[0][0])
+    implementation = backends.select(backend, layers[0][0].device)
+    together = getattr(implementation, "change_statistics_list", None)
+    if together is not None:
+        results = together([old for old, _ in layers], [new for _, new in layers])
+    else:
+        results = [implementation.change_statistics(old, new) for old, new in layers]
+    return [ChangeStatistics(column_change, *scalars.unbind()) for column_change, scalars in results]
+
+
+def _merge_arguments(
+    place: str, after: Any, before: Any, mask: Any, projection: Any
+) -> tuple[Tensor, Tensor, Tensor, float]:
+    """Checked arguments of merge_; ``place`` is an index in a list, for messages."""
+    after_tensor = as_tensor(f"after{place}", after, dims="[rows, cols]", writable=True)
+    before_tensor = as_tensor(f"before{place}", before, dims="[rows, cols]")
+    mask_tensor = as_tensor(f"mask{place}", mask, dtypes=(torch.bool,), dims="[cols]")
+    check_same_shape(f"before{place}", before_tensor, f"after{place}", after_tensor)
+    check_same_dtype(f"before{place}", before_tensor, f"after{place}", after_tensor)
+    check_same_device(f"before{place}", before_tensor, f"after{place}", after_tensor)
+    check_same_device(f"mask{place}", mask_tensor, f"after{place}", after_tensor)
+    cols = after_tensor.shape[1]
+    if mask_tensor.shape[0] != cols:
+        raise ValueError(f"mask{place}: expected {cols} entries, one a column, got {mask_tensor.shape[0]}")
+    return after_tensor, before_tensor, mask_tensor, as_number("projection", projection)
+
+
+def _merge_list(after: Sequence[Any], before: Any, mask: Any, projection: Any, backend: str | None) -> None:
+    count = len(after)
+    before_items, mask_items = (
+        _as_list("before", before, count, "tensors like after"),
+        _as_list("mask", mask, count, "tensors like after"),
+    )
+    if isinstance(projection, (list, tuple)):
+        factors = _as_list("projection", projection, count, "numbers, one a layer")
+    else:
+        factors = [projection] * count
+    items = list(zip(after, before_items, mask_items, factors, strict=True))
+    if is_compiling():
+        for item in items:
+            merge_(*item, backend=backend)
+        return
+    layers = [_merge_arguments(f"[{i}]", *item) for i, item in enumerate(items)]
+    if not layers:
+        return
+    written = [(f"after[{i}]", layer[0]) for i, layer in enumerate(layers)]
+    read = [(f"before[{i}]", layer[1]) for i, layer in enumerate(layers)]
+    read += [(f"mask[{i}]", layer[2]) for i, layer in enumerate(layers)]
+    for name, tensor in written:
+        check_same_device(name, tensor, "after[0]", layers[0][0])
+    check_no_overlap(written, read)
+    implementation = backends.select(backend, layers[0][0].device)
+    together = getattr(implementation, "merge_list_", None)
+    if together is not None:
+        together(*(list(column) for column in zip(*layers, strict=True)))
+        return
+    for layer in layers:
+        implementation.merge_(*layer)
+
+
 def _trace_inverse_diagonal(
     gram: Any,
     damping: float,
@@ -638,9 +729,9 @@ def _entries_with_gradients(
     )
 
 
-def _as_list(name: str, value: Any, length: int) -> list[Any]:
+def _as_list(name: str, value: Any, length: int, of: str = "tensors like importance") -> list[Any]:
     if not isinstance(value, (list, tuple)) or len(value) != length:
-        raise ValueError(f"{name}: expected a list of {length} tensors like importance, got {_describe(value)}")
+        raise ValueError(f"{name}: expected a list of {length} {of}, got {_describe(value)}")
     return list(value)
 
 

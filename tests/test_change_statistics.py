@@ -114,6 +114,38 @@ def test_bit_reproducible_for_any_number_of_threads(threads) -> None:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_list_gives_the_numbers_of_single_calls(isa: str, threads, backend: str) -> None:
+    shapes = [(3, 5), (0, 4), (130, 1100), (2, 0), (700, 33), (1, 1), (64, 2048)]
+    before = [normal(*shape, seed=i, dtype=FLOATS[i % 4]) for i, shape in enumerate(shapes)]
+    after = [old + normal(*old.shape, seed=i + 50).to(old.dtype) for i, old in enumerate(before)]
+    before[2], after[4] = LAYOUTS["every_other_column"](before[2]), LAYOUTS["columns_first"](after[4])
+    for count in (1, 2):
+        threads(count)
+        together = hpa_ext.change_statistics(before, after, backend=backend)
+        assert len(together) == len(shapes)
+        for old, new, one in zip(before, after, together, strict=True):
+            alone = hpa_ext.change_statistics(old, new, backend=backend)
+            assert all(torch.equal(a, b) for a, b in zip(one, alone, strict=True))
+    assert hpa_ext.change_statistics([], [], backend=backend) == []
+
+
+def test_a_list_of_layers_beyond_the_scratch_of_one_pass() -> None:
+    # 32 groups of rows and 16384 columns fill half of it.
+    before = [torch.ones(2048, 16384, dtype=torch.bfloat16)] * 3
+    for statistics in hpa_ext.change_statistics(before, before):
+        assert statistics.before_norm_sq.item() == 2048 * 16384
+        assert not statistics.column_change.any()
+
+
+def test_lists_that_do_not_fit_are_named() -> None:
+    layers = [torch.zeros(2, 3), torch.zeros(4, 3)]
+    with pytest.raises(ValueError, match="^after: expected a list of 2 tensors like before, got a list of 1"):
+        hpa_ext.change_statistics(layers, layers[:1])
+    with pytest.raises(ValueError, match=r"^after\[1\]: expected the shape of before\[1\] \(4, 3\), got \(2, 3"):
+        hpa_ext.change_statistics(layers, [torch.zeros(2, 3), torch.zeros(2, 3)])
+
+
 @pytest.mark.parametrize(
     ("before", "after", "error", "message"),
     [

@@ -117,6 +117,52 @@ def test_bit_reproducible_for_any_number_of_threads(threads) -> None:
     assert torch.equal(results[0], results[2])
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_list_gives_the_bits_of_single_calls(isa: str, threads, backend: str) -> None:
+    shapes = [(3, 5), (0, 4), (130, 1100), (2, 0), (700, 33), (1, 1), (64, 2048)]
+    before = [normal(*shape, seed=i, dtype=FLOATS[i % 4]) for i, shape in enumerate(shapes)]
+    before[2] = LAYOUTS["every_other_column"](before[2])
+    masks = [uniform(cols, seed=i) < 0.3 for i, (_, cols) in enumerate(shapes)]
+    factors = [0.0, 0.5, 1e-3, 0.1, -2.0, 1.0, 0.37]
+
+    def weights() -> list[Tensor]:
+        after = [normal(*old.shape, seed=i + 50, dtype=old.dtype) for i, old in enumerate(before)]
+        after[4] = LAYOUTS["columns_first"](after[4])
+        return after
+
+    alone = weights()
+    for layer in zip(alone, before, masks, factors, strict=True):
+        hpa_ext.merge_(*layer, backend=backend)
+    for count in (1, 2):
+        threads(count)
+        together = weights()
+        versions = [after._version for after in together]
+        assert hpa_ext.merge_(together, before, masks, factors, backend=backend) is together
+        assert all(torch.equal(a, b) for a, b in zip(together, alone, strict=True))
+        assert all(after._version > version for after, version in zip(together, versions, strict=True))
+    assert hpa_ext.merge_([], [], [], backend=backend) == []
+
+
+def test_one_projection_serves_a_list() -> None:
+    after, before, mask = [torch.ones(2, 2), torch.ones(1, 3)], [torch.ones(2, 2), torch.ones(1, 3)], [2, 3]
+    hpa_ext.merge_(after, before, [torch.zeros(n, dtype=torch.bool) for n in mask], 0.25)
+    assert all((weight == 0.75).all() for weight in after)
+
+
+def test_lists_that_do_not_fit_are_named() -> None:
+    layers = [torch.zeros(2, 3), torch.zeros(4, 3)]
+    masks = [torch.zeros(3, dtype=torch.bool)] * 2
+    before = [torch.zeros(2, 3), torch.zeros(4, 3)]
+    with pytest.raises(ValueError, match="^before: expected a list of 2 tensors like after, got a list of 1"):
+        hpa_ext.merge_(layers, before[:1], masks)
+    with pytest.raises(ValueError, match="^projection: expected a list of 2 numbers, one a layer, got a list of 3"):
+        hpa_ext.merge_(layers, before, masks, [0.0, 0.0, 0.0])
+    with pytest.raises(ValueError, match=r"^mask\[1\]: expected 3 entries, one a column, got 2"):
+        hpa_ext.merge_(layers, before, [masks[0], masks[1][:2]])
+    with pytest.raises(ValueError, match=r"^after\[0\]: shares memory with before\[1\]"):
+        hpa_ext.merge_([layers[0], torch.zeros(2, 3)], [before[0], layers[0]], masks)
+
+
 @pytest.mark.parametrize(
     ("after", "before", "mask", "error", "message"),
     [

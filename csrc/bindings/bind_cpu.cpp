@@ -18,7 +18,7 @@ namespace hpa::bindings {
 namespace {
 
 // Raised together with hpa_ext.backend.INTERFACE whenever a signature below changes.
-constexpr int kInterface = 2;
+constexpr int kInterface = 3;
 
 class TensorList {
  public:
@@ -35,6 +35,12 @@ class TensorList {
   std::vector<TensorArgument> arguments_;
   std::vector<TensorView> views_;
 };
+
+void check_lengths(std::size_t count, std::initializer_list<const TensorList*> lists) {
+  for (const TensorList* list : lists) {
+    if (list->views().size() != count) throw py::value_error("expected lists of one length");
+  }
+}
 
 class OptionalTensor {
  public:
@@ -94,6 +100,20 @@ void change_statistics_(const py::object& column_change, const py::object& scala
   change_statistics(columns.view(), totals.view(), old_weights.view(), new_weights.view(), threads);
 }
 
+void change_statistics_list(const py::sequence& column_change, const py::sequence& scalars, const py::sequence& before,
+                            const py::sequence& after, int threads) {
+  const TensorList columns("column_change", column_change), totals("scalars", scalars);
+  const TensorList old_weights("before", before), new_weights("after", after);
+  const std::size_t count = old_weights.views().size();
+  check_lengths(count, {&columns, &totals, &new_weights});
+  std::vector<ChangeLayer> layers;
+  for (std::size_t i = 0; i < count; ++i) {
+    layers.push_back({columns.views()[i], totals.views()[i], old_weights.views()[i], new_weights.views()[i]});
+  }
+  const py::gil_scoped_release unlocked;
+  change_statistics(layers, threads);
+}
+
 std::tuple<double, double, std::int64_t, std::int64_t, std::int64_t> balanced_mask_(
     const py::object& mask, const py::object& safety, const py::object& task, std::int64_t keep, std::int64_t focus,
     double alpha0, double alpha1, const std::string& mode, const std::string& alpha_mode, int alpha_sign,
@@ -121,6 +141,18 @@ void merge_(const py::object& after, const py::object& before, const py::object&
   const TensorArgument new_weights("after", after), old_weights("before", before), kept("mask", mask);
   const py::gil_scoped_release unlocked;
   merge(new_weights.view(), old_weights.view(), kept.view(), projection, threads);
+}
+
+void merge_list_(const py::sequence& after, const py::sequence& before, const py::sequence& mask,
+                 const std::vector<double>& projection, int threads) {
+  const TensorList new_weights("after", after), old_weights("before", before), kept("mask", mask);
+  check_lengths(projection.size(), {&new_weights, &old_weights, &kept});
+  std::vector<MergeLayer> layers;
+  for (std::size_t i = 0; i < projection.size(); ++i) {
+    layers.push_back({new_weights.views()[i], old_weights.views()[i], kept.views()[i], projection[i]});
+  }
+  const py::gil_scoped_release unlocked;
+  merge(layers, threads);
 }
 
 void project_(const py::sequence& grads, const py::sequence& basis, int passes, int threads) {
@@ -171,8 +203,10 @@ PYBIND11_MODULE(_cpu, module) {
   module.def("inverse_diagonal", &inverse_diagonal_);
   module.def("accumulate_importance_", &accumulate_importance_);
   module.def("change_statistics", &change_statistics_);
+  module.def("change_statistics_list", &change_statistics_list);
   module.def("balanced_mask", &balanced_mask_);
   module.def("merge_", &merge_);
+  module.def("merge_list_", &merge_list_);
   module.def("project_", &project_);
   module.def("orthonormalize_", &orthonormalize_);
 

@@ -117,9 +117,10 @@ struct Table {
                           std::int64_t rows, std::int64_t cols, double* column, double sums[2]);
   Change change[kFloatTypes];
 
-  // One row of hpa::merge, contiguous, for each dtype; kept elements are copied bit by bit.
-  using Merge = void (*)(void* after, const void* before, const std::uint8_t* mask, double projection,
-                         std::int64_t count);
+  // hpa::merge on rows of each dtype, columns side by side, row strides in elements.  The mask has, for each column, an
+  // integer of the dtype's size: all bits set where the old column is kept.  Kept elements are copied bit by bit.
+  using Merge = void (*)(void* after, std::int64_t after_stride, const void* before, std::int64_t before_stride,
+                         std::int64_t rows, std::int64_t cols, const void* mask, double projection);
   Merge merge[kFloatTypes];
 
   template <class T>

@@ -23,13 +23,14 @@ double sum_of_squares(const T* x, std::int64_t count) {
   return sum;
 }
 
-// ---- Change statistics ----
-
-// Columns of a tile: a cache line of storage, in at most four registers.
+// Columns of a tile of rows: a cache line of storage, in at most four registers.
 template <class Format, class T>
 constexpr std::int64_t kLineVectors = 64 / static_cast<std::int64_t>(sizeof(typename Format::Bits)) / Vector<T>::width;
 template <class Format, class T>
-constexpr std::int64_t kChangeVectors = kLineVectors<Format, T> < 4 ? kLineVectors<Format, T> : 4;
+constexpr std::int64_t kTileVectors = kLineVectors<Format, T> < 4 ? kLineVectors<Format, T> : 4;
+
+// ---- Change statistics ----
+
 constexpr std::int64_t kChangeRows = 8;
 
 // Adds the lanes of `value` to sums in double precision.
@@ -46,7 +47,7 @@ template <class Format, class T, std::int64_t kRows>
 HPA_INLINE void change_tile(const typename Format::Bits* before, std::int64_t before_stride,
                             const typename Format::Bits* after, std::int64_t after_stride, double* column,
                             double* dot_lanes, double* square_lanes) {
-  constexpr std::int64_t n = kChangeVectors<Format, T>, w = Vector<T>::width;
+  constexpr std::int64_t n = kTileVectors<Format, T>, w = Vector<T>::width;
   V<T> change[n] = {}, dot[n] = {}, square[n] = {};
 #pragma GCC unroll 8
   for (std::int64_t row = 0; row < kRows; ++row, before += before_stride, after += after_stride) {
@@ -73,7 +74,7 @@ HPA_INLINE void change_rows(const typename Format::Bits* before, std::int64_t be
                             const typename Format::Bits* after, std::int64_t after_stride, std::int64_t cols,
                             double* column, double* dot_lanes, double* square_lanes) {
   using Bits = typename Format::Bits;
-  constexpr std::int64_t tile = kChangeVectors<Format, T> * Vector<T>::width;
+  constexpr std::int64_t tile = kTileVectors<Format, T> * Vector<T>::width;
   std::int64_t j = 0;
   for (; j + tile <= cols; j += tile) {
     change_tile<Format, T, kRows>(before + j, before_stride, after + j, after_stride, column + j, dot_lanes,
@@ -116,21 +117,76 @@ void change(const void* before, std::int64_t before_stride, const void* after, s
 
 // ---- Merge ----
 
+constexpr std::int64_t kMergeRows = 4;
+
 // Kept elements are moved, never computed with, so that they stay the same bits.
-template <class Format, class T>
-void merge(void* after, const void* before, const std::uint8_t* __restrict mask, double projection,
-           std::int64_t count) {
+template <class Format, class T, std::int64_t kRows, bool kProject>
+HPA_INLINE void merge_tile(typename Format::Bits* after, std::int64_t after_stride, const typename Format::Bits* before,
+                           std::int64_t before_stride, const typename Stored<Format, T>::Word* mask, T projection) {
+  using Store = Stored<Format, T>;
+  constexpr std::int64_t n = kTileVectors<Format, T>, w = Vector<T>::width;
+  typename Store::type kept[n];
+  for (std::int64_t v = 0; v < n; ++v) kept[v] = Store::read(mask + v * w);
+#pragma GCC unroll 4
+  for (std::int64_t row = 0; row < kRows; ++row, after += after_stride, before += before_stride) {
+#pragma GCC unroll 4
+    for (std::int64_t v = 0; v < n; ++v) {
+      const typename Store::type old = Store::read(before + v * w);
+      typename Store::type changed = Store::read(after + v * w);
+      if constexpr (kProject) {
+        changed = Store::narrow(Store::widen(changed) - spread(projection) * Store::widen(old));
+      }
+      Store::write(after + v * w, (old & kept[v]) | (changed & ~kept[v]));
+    }
+  }
+}
+
+template <class Format, class T, std::int64_t kRows, bool kProject>
+HPA_INLINE void merge_rows(typename Format::Bits* after, std::int64_t after_stride, const typename Format::Bits* before,
+                           std::int64_t before_stride, std::int64_t cols,
+                           const typename Stored<Format, T>::Word* mask, T projection) {
   using Bits = typename Format::Bits;
-  auto* __restrict to = static_cast<Bits*>(after);
-  const auto* __restrict old = static_cast<const Bits*>(before);
-  if (projection == 0) {
-    for (std::int64_t i = 0; i < count; ++i) to[i] = mask[i] ? old[i] : to[i];
-    return;
+  constexpr std::int64_t tile = kTileVectors<Format, T> * Vector<T>::width;
+  std::int64_t j = 0;
+  for (; j + tile <= cols; j += tile) {
+    merge_tile<Format, T, kRows, kProject>(after + j, after_stride, before + j, before_stride, mask + j, projection);
   }
-  const T factor = static_cast<T>(projection);
-  for (std::int64_t i = 0; i < count; ++i) {
-    const Bits kept = old[i];
-    const Bits changed = narrow<Format>(static_cast<T>(Format::widen(to[i]) - factor * Format::widen(kept)));
-    to[i] = mask[i] ? kept : changed;
+  if (j == cols) return;
+  // The last columns, in a tile of their own.
+  Bits to[kRows * tile] = {}, old[kRows * tile] = {};
+  typename Stored<Format, T>::Word kept[tile] = {};
+  const std::size_t bytes = static_cast<std::size_t>(cols - j) * sizeof(Bits);
+  __builtin_memcpy(kept, mask + j, bytes);
+  for (std::int64_t row = 0; row < kRows; ++row) {
+    __builtin_memcpy(to + row * tile, after + row * after_stride + j, bytes);
+    __builtin_memcpy(old + row * tile, before + row * before_stride + j, bytes);
   }
+  merge_tile<Format, T, kRows, kProject>(to, tile, old, tile, kept, projection);
+  for (std::int64_t row = 0; row < kRows; ++row) {
+    __builtin_memcpy(after + row * after_stride + j, to + row * tile, bytes);
+  }
+}
+
+template <class Format, class T, bool kProject>
+void merge_all(void* after, std::int64_t after_stride, const void* before, std::int64_t before_stride,
+               std::int64_t rows, std::int64_t cols, const void* mask, T projection) {
+  auto* to = static_cast<typename Format::Bits*>(after);
+  const auto* old = static_cast<const typename Format::Bits*>(before);
+  const auto* kept = static_cast<const typename Stored<Format, T>::Word*>(mask);
+  std::int64_t row = 0;
+  for (; row + kMergeRows <= rows; row += kMergeRows) {
+    merge_rows<Format, T, kMergeRows, kProject>(to + row * after_stride, after_stride, old + row * before_stride,
+                                                before_stride, cols, kept, projection);
+  }
+  for (; row < rows; ++row) {
+    merge_rows<Format, T, 1, kProject>(to + row * after_stride, after_stride, old + row * before_stride, before_stride,
+                                       cols, kept, projection);
+  }
+}
+
+template <class Format, class T>
+void merge(void* after, std::int64_t after_stride, const void* before, std::int64_t before_stride, std::int64_t rows,
+           std::int64_t cols, const void* mask, double projection) {
+  const auto all = projection == 0 ? merge_all<Format, T, false> : merge_all<Format, T, true>;
+  all(after, after_stride, before, before_stride, rows, cols, mask, static_cast<T>(projection));
 }

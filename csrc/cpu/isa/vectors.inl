@@ -24,10 +24,8 @@ HPA_INLINE void write(T* to, V<T> value) {
 // ---- Registers from storage ----
 
 typedef std::uint16_t Halves __attribute__((vector_size(HPA_VECTOR_BYTES / 2)));
-typedef std::uint16_t LooseHalves __attribute__((vector_size(HPA_VECTOR_BYTES / 2), aligned(2), may_alias));
 typedef std::uint32_t Words __attribute__((vector_size(HPA_VECTOR_BYTES)));
 
-HPA_INLINE Halves read_halves(const std::uint16_t* from) { return *reinterpret_cast<const LooseHalves*>(from); }
 HPA_INLINE V<float> from_words(Words bits) { return __builtin_bit_cast(V<float>, bits); }
 
 // Of the AVX-512 intrinsics the ones with a mask: GCC warns of the undefined register inside the others.
@@ -76,14 +74,82 @@ HPA_INLINE void widen_floats(V<float> value, V<double> wide[2]) {
 #endif
 }
 
+template <class Format>
+HPA_INLINE Halves narrow_floats(V<float> value);
+
+template <>
+HPA_INLINE Halves narrow_floats<Bf16>(V<float> value) {
+  const Words bits = __builtin_bit_cast(Words, value);
+  const Words rounded = bits + 0x7fffu + ((bits >> 16) & 1u);
+  const Words halves = (value != value ? bits | 0x400000u : rounded) >> 16;
+#if HPA_VECTOR_BYTES == 64 && defined(__AVX512F__)
+  return __builtin_bit_cast(Halves, _mm512_maskz_cvtepi32_epi16(0xffff, __builtin_bit_cast(__m512i, halves)));
+#elif HPA_VECTOR_BYTES == 32 && defined(__AVX2__)
+  const __m256i words = __builtin_bit_cast(__m256i, halves);
+  const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi32(words, words), 0x08);
+  return __builtin_bit_cast(Halves, _mm256_castsi256_si128(packed));
+#else
+  return __builtin_convertvector(halves, Halves);
+#endif
+}
+
+template <>
+HPA_INLINE Halves narrow_floats<F16>(V<float> value) {
+#if HPA_VECTOR_BYTES == 64 && defined(__AVX512F__)
+  return __builtin_bit_cast(Halves, _mm512_maskz_cvtps_ph(0xffff, value, _MM_FROUND_TO_NEAREST_INT));
+#elif HPA_VECTOR_BYTES == 32 && defined(__F16C__)
+  return __builtin_bit_cast(Halves, _mm256_cvtps_ph(value, _MM_FROUND_TO_NEAREST_INT));
+#else
+  Halves bits;
+  for (std::int64_t i = 0; i < Vector<float>::width; ++i) bits[i] = F16::narrow(value[i]);
+  return bits;
+#endif
+}
+
+// Stored elements as bits, as many as a register of T has lanes.
+template <std::size_t kBytes>
+struct Unsigned;
+template <>
+struct Unsigned<2> {
+  using type = std::uint16_t;
+};
+template <>
+struct Unsigned<4> {
+  using type = std::uint32_t;
+};
+template <>
+struct Unsigned<8> {
+  using type = std::uint64_t;
+};
+
+template <class Format, class T>
+struct Stored {
+  using Word = typename Unsigned<sizeof(typename Format::Bits)>::type;
+  typedef Word type __attribute__((vector_size(sizeof(Word) * Vector<T>::width)));
+  typedef Word loose __attribute__((vector_size(sizeof(Word) * Vector<T>::width), aligned(sizeof(Word)), may_alias));
+
+  static HPA_INLINE type read(const void* from) { return *static_cast<const loose*>(from); }
+  static HPA_INLINE void write(void* to, type bits) { *static_cast<loose*>(to) = bits; }
+  static HPA_INLINE V<T> widen(type bits) {
+    if constexpr (sizeof(Word) == sizeof(T)) {
+      return __builtin_bit_cast(V<T>, bits);
+    } else {
+      return widen_halves<Format>(bits);
+    }
+  }
+  static HPA_INLINE type narrow(V<T> value) {
+    if constexpr (sizeof(Word) == sizeof(T)) {
+      return __builtin_bit_cast(type, value);
+    } else {
+      return narrow_floats<Format>(value);
+    }
+  }
+};
+
 // A register of T from as many stored elements.
 template <class Format, class T>
 HPA_INLINE V<T> read_wide(const typename Format::Bits* from) {
-  if constexpr (sizeof(typename Format::Bits) == sizeof(T)) {
-    return read(from);
-  } else {
-    return widen_halves<Format>(read_halves(from));
-  }
+  return Stored<Format, T>::widen(Stored<Format, T>::read(from));
 }
 
 // `value - 0` is `value`, so the compiler leaves the subtraction out; `0 + value` it would have to compute, for -0.

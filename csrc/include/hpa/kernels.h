@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
@@ -36,9 +37,18 @@ InverseDiagonalResult inverse_diagonal(const TensorView& out, const std::optiona
 void accumulate_importance(const std::vector<TensorView>& importance, const std::vector<TensorView>& grads,
                            const std::vector<TensorView>& weights, int threads);
 
-// With d = after - before:  column_change[j] = mean_i d[i, j]^2,  scalars = { <d, before>, |before|^2, |d|^2 }.
-void change_statistics(const TensorView& column_change, const TensorView& scalars, const TensorView& before,
-                       const TensorView& after, int threads);
+// With d = after - before:  column_change[j] = mean_i d[i, j]^2,  scalars = { <d, before>, |before|^2, |d|^2 },
+// for each layer by itself.
+struct ChangeLayer {
+  TensorView column_change, scalars, before, after;
+};
+void change_statistics(std::span<const ChangeLayer> layers, int threads);
+
+inline void change_statistics(const TensorView& column_change, const TensorView& scalars, const TensorView& before,
+                              const TensorView& after, int threads) {
+  const ChangeLayer layer = {column_change, scalars, before, after};
+  change_statistics(std::span(&layer, 1), threads);
+}
 
 struct SelectionOptions {
   std::int64_t keep = 0;
@@ -64,8 +74,18 @@ struct Selection {
 Selection balanced_mask(const TensorView& mask, const TensorView& safety, const TensorView& task,
                         const SelectionOptions& options);
 
-// after[:, j] = mask[j] ? before[:, j] : after[:, j] - projection * before[:, j].
-void merge(const TensorView& after, const TensorView& before, const TensorView& mask, double projection, int threads);
+// after[:, j] = mask[j] ? before[:, j] : after[:, j] - projection * before[:, j],  for each layer by itself.
+struct MergeLayer {
+  TensorView after, before, mask;
+  double projection = 0;
+};
+void merge(std::span<const MergeLayer> layers, int threads);
+
+inline void merge(const TensorView& after, const TensorView& before, const TensorView& mask, double projection,
+                  int threads) {
+  const MergeLayer layer = {after, before, mask, projection};
+  merge(std::span(&layer, 1), threads);
+}
 
 // g -= sum_k <g, q_k> q_k for m vectors at once.  grads[i] is [m, *shape_i], basis[i] is [rank, *shape_i]: slice i of
 // every vector; dot products are summed over the list.
