@@ -1,40 +1,106 @@
-// Chooses the inner loops once, at the first call: what the CPU has and the operating system saves (the built-in test
-// looks at CPUID and XCR0), or what HPA_ISA names.
+// Chooses the inner loops once, at the first call: what the CPU has, the operating system saves and (AMX) the kernel
+// permits, or what HPA_ISA names.  A table that lacks something inherits it from the one below.
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
 
 #include "isa/isa.h"
 
+#ifdef HPA_X86_ISA
+#include <cpuid.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+#endif
+
 namespace hpa::isa {
 namespace {
 
 struct Candidate {
-  const Table* table;
-  bool runs;
+  const char* name;
+  const Table* table;      // null where it cannot run
+  std::string impediment;  // why
 };
 
-std::vector<Candidate> candidates() {
-  std::vector<Candidate> all = {{&baseline_table, true}};
+#ifdef HPA_X86_ISA
+
+bool bit(unsigned word, int index) { return (word >> index & 1u) != 0; }
+
+// What the first thing missing is for AMX with bfloat16, or nothing.
+std::string amx_impediment() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || !bit(d, 24) || !bit(d, 22)) return "the CPU has no AMX-BF16";
+  if (!__get_cpuid(1, &a, &b, &c, &d) || !bit(c, 27)) return "the operating system does not use XSAVE";
+  unsigned low = 0, high = 0;
+  __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
+  if (!bit(low, 17) || !bit(low, 18)) return "the operating system does not save AMX tiles (XCR0)";
+#if defined(__linux__) && defined(SYS_arch_prctl)
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  if (syscall(SYS_arch_prctl, kRequestPermission, kTileData) != 0) {
+    return "the kernel does not permit AMX tiles (arch_prctl ARCH_REQ_XCOMP_PERM)";
+  }
+  return "";
+#else
+  return "only Linux is known to permit AMX tiles";
+#endif
+}
+
+// The AVX-512 table with products of pairs of bfloat16.
+Table with_pairs(const char* name, const Product<std::uint32_t, float>& pairs) {
+  Table table = avx512_table;
+  table.name = name;
+  table.pairs = &pairs;
+  return table;
+}
+
+#endif
+
+std::vector<Candidate> find_candidates() {
+  std::vector<Candidate> all;
+  const auto add = [&](const char* name, const Table* table, const std::string& impediment) {
+    all.push_back({name, impediment.empty() ? table : nullptr, impediment});
+  };
+  add("baseline", &baseline_table, "");
 #ifdef HPA_X86_ISA
   __builtin_cpu_init();
+  // The built-in test looks at CPUID and at XCR0, the registers that the operating system saves.
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-  all.push_back({&avx2_table, avx2});
-  all.push_back({&avx512_table, avx512});
+  const std::string no_avx512 = avx512 ? "" : "the CPU or the operating system has no AVX-512 (F, BW, DQ, VL)";
+  add("avx2", &avx2_table, avx2 ? "" : "the CPU or the operating system has no AVX2, FMA and F16C");
+  add("avx512", &avx512_table, no_avx512);
+#ifdef HPA_AVX512BF16
+  static const Table avx512bf16_table = with_pairs("avx512bf16", avx512bf16_pairs);
+  const bool bf16 = avx512 && __builtin_cpu_supports("avx512bf16");
+  add("avx512bf16", &avx512bf16_table, bf16 || !avx512 ? no_avx512 : "the CPU has no AVX512_BF16");
+#else
+  add("avx512bf16", nullptr, "the compiler that built hpa-ext does not know it");
 #endif
+#ifdef HPA_AMX
+  static const Table amx_table = with_pairs("amx", amx_pairs);
+  add("amx", &amx_table, avx512 ? amx_impediment() : no_avx512);
+#else
+  add("amx", nullptr, "the compiler that built hpa-ext does not know it");
+#endif
+#endif
+  return all;
+}
+
+const std::vector<Candidate>& candidates() {
+  static const std::vector<Candidate> all = find_candidates();
   return all;
 }
 
 const Table* find(const std::string& name, const char* source) {
   std::string known;
   for (const Candidate& candidate : candidates()) {
-    if (name == candidate.table->name) {
-      if (candidate.runs) return candidate.table;
-      throw std::invalid_argument(std::string(source) + ": this CPU cannot run '" + name + "'");
+    if (name == candidate.name) {
+      if (candidate.table != nullptr) return candidate.table;
+      throw std::invalid_argument(std::string(source) + ": cannot run '" + name + "' here: " + candidate.impediment);
     }
-    known += (known.empty() ? "'" : ", '") + std::string(candidate.table->name) + "'";
+    known += (known.empty() ? "'" : ", '") + std::string(candidate.name) + "'";
   }
   throw std::invalid_argument(std::string(source) + ": expected one of " + known + ", got '" + name + "'");
 }
@@ -44,7 +110,7 @@ const Table* choose() {
   if (forced != nullptr && *forced != '\0') return find(forced, "HPA_ISA");
   const Table* best = nullptr;
   for (const Candidate& candidate : candidates()) {
-    if (candidate.runs) best = candidate.table;
+    if (candidate.table != nullptr) best = candidate.table;
   }
   return best;
 }
@@ -65,7 +131,7 @@ const Table& active() {
 std::vector<std::string> available() {
   std::vector<std::string> names;
   for (const Candidate& candidate : candidates()) {
-    if (candidate.runs) names.emplace_back(candidate.table->name);
+    if (candidate.table != nullptr) names.emplace_back(candidate.name);
   }
   return names;
 }

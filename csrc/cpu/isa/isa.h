@@ -123,6 +123,9 @@ struct Table {
                          std::int64_t rows, std::int64_t cols, const void* mask, double projection);
   Merge merge[kFloatTypes];
 
+  // Products of bfloat16 values two at a time; null where the instruction set has none.
+  const Product<std::uint32_t, float>* pairs;
+
   template <class T>
   const Kernels<T>& kernels() const {
     if constexpr (sizeof(T) == sizeof(float)) {
@@ -137,6 +140,12 @@ extern const Table baseline_table;
 #ifdef HPA_X86_ISA
 extern const Table avx2_table;
 extern const Table avx512_table;
+#endif
+#ifdef HPA_AVX512BF16
+extern const Product<std::uint32_t, float> avx512bf16_pairs;  // beside avx512_table
+#endif
+#ifdef HPA_AMX
+extern const Product<std::uint32_t, float> amx_pairs;  // beside avx512_table
 #endif
 
 // The table in use: the best this CPU and operating system can run, unless HPA_ISA or select() names another.

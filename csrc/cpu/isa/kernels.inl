@@ -74,6 +74,7 @@ const Table HPA_ISA_TABLE = {
      HPA_ISA_NAMESPACE::change<HPA_ISA_NAMESPACE::F16, float>},
     {HPA_ISA_NAMESPACE::merge<HPA_ISA_NAMESPACE::F32, float>, HPA_ISA_NAMESPACE::merge<HPA_ISA_NAMESPACE::F64, double>,
      HPA_ISA_NAMESPACE::merge<HPA_ISA_NAMESPACE::Bf16, float>, HPA_ISA_NAMESPACE::merge<HPA_ISA_NAMESPACE::F16, float>},
+    nullptr,
 };
 
 }  // namespace hpa::isa
