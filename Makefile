@@ -68,7 +68,7 @@ bench: $(VENV)/.installed
 
 dev: | $(VENV)/.torch
 	@$(call retry,$(PIP_INSTALL) scikit-build-core pybind11 ninja cmake)
-	@$(call retry,$(PIP_INSTALL) --no-build-isolation --config-settings=cmake.define.HPA_WERROR=ON --editable $(EVERYTHING))
+	@$(call retry,$(PIP_INSTALL) --no-build-isolation --config-settings=cmake.define.HPA_WERROR=ON --config-settings=cmake.define.CMAKE_CUDA_ARCHITECTURES=80 --editable $(EVERYTHING))
 	@$(BIN)/python -m hpa_ext
 
 clean:

@@ -35,6 +35,7 @@ def describe() -> list[tuple[str, str]]:
             ("instruction sets", f"{', '.join(module.available_isas())}; in use: {module.isa()} (HPA_ISA)"),
             ("threads", f"{threads.get_num_threads()} (HPA_NUM_THREADS, else torch's setting)"),
         ]
+    lines.append(("CUDA kernels", _cuda_kernels()))
     lines.append(("backends", ", ".join(backend.BACKENDS)))
     forced = os.environ.get("HPA_BACKEND")
     devices = [torch.device("cpu")]
@@ -43,6 +44,11 @@ def describe() -> list[tuple[str, str]]:
     for device in devices:
         lines.append((f"tensors on {device}", _choice(device, forced)))
     return lines
+
+
+def _cuda_kernels() -> str:
+    trouble = backend.cuda_trouble()
+    return f"not usable: {trouble}" if trouble else str(backend.cuda_extension().__file__)
 
 
 def _choice(device: torch.device, forced: str | None) -> str:

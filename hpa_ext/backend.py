@@ -1,8 +1,8 @@
 """Which implementation serves a call.
 
-``cpu`` is the compiled extension ``hpa_ext._cpu``, ``triton`` are Triton kernels for GPUs, ``reference`` is plain torch
-on any device.  The device of the tensors decides, unless ``backend=`` or the environment variable ``HPA_BACKEND``
-names one: a named backend that cannot run raises, it is never replaced in silence.
+``cpu`` is the compiled extension ``hpa_ext._cpu``, ``cuda`` is ``hpa_ext._cuda``, ``triton`` are Triton kernels for
+GPUs, ``reference`` is plain torch on any device.  The device of the tensors decides, unless ``backend=`` or the
+environment variable ``HPA_BACKEND`` names one: a named backend that cannot run raises, it is never replaced in silence.
 
 The source tree's package folder can hide the installed one (``python`` started at the repository root), so the
 package extends its path to the installed copy and this module checks that the binary it finds belongs to this source.
@@ -21,12 +21,27 @@ from typing import Any, Final, Protocol, cast
 import torch
 from torch import Tensor
 
-__all__ = ["BACKENDS", "INTERFACE", "Backend", "BackendError", "automatic", "extension", "select", "triton_trouble"]
+__all__ = [
+    "BACKENDS",
+    "CUDA_INTERFACE",
+    "INTERFACE",
+    "Backend",
+    "BackendError",
+    "automatic",
+    "cuda_extension",
+    "cuda_trouble",
+    "extension",
+    "select",
+    "triton_trouble",
+]
 
 INTERFACE: Final = 3
 """Version of the calls between this package and ``_cpu``; raised together with the constant of csrc/bindings."""
 
-BACKENDS: Final = ("cpu", "triton", "reference")
+CUDA_INTERFACE: Final = 1
+"""The same between this package and ``_cuda``."""
+
+BACKENDS: Final = ("cpu", "cuda", "triton", "reference")
 
 
 class BackendError(RuntimeError):
@@ -81,6 +96,8 @@ def automatic(device: torch.device) -> str:
     """The backend that serves ``device`` when nothing names one."""
     if device.type == "cpu":
         return "cpu"
+    if device.type == "cuda" and cuda_trouble() is None:
+        return "cuda"
     return "triton" if device.type == "cuda" and triton_trouble(device) is None else "reference"
 
 
@@ -107,6 +124,13 @@ def select(name: str | None, device: torch.device) -> Backend:
             raise ValueError(f"{origin}: 'cpu' serves tensors on the CPU, got tensors on {device}")
         extension()
         return _module("hpa_ext.cpu")
+    if name == "cuda":
+        if device.type != "cuda":
+            raise ValueError(f"{origin}: 'cuda' serves tensors on an NVIDIA GPU, got tensors on {device}")
+        trouble = cuda_trouble()
+        if trouble is not None:
+            raise BackendError(f"{origin}: 'cuda' cannot run here: {trouble}")
+        return _module("hpa_ext.cuda")
     if name == "triton":
         if device.type != "cuda" and not (device.type == "cpu" and _interpreted()):
             raise ValueError(
@@ -144,6 +168,42 @@ def extension() -> Any:
             f"beside {__file__} of version {__version__} (interface {INTERFACE}). Install again: `pip install .`"
         )
     return module
+
+
+@cache
+def cuda_extension() -> Any:
+    """The compiled module ``hpa_ext._cuda``; it loads without a GPU and without a driver.
+
+    Raises:
+        BackendError: not built, or built from another version of the source.
+    """
+    from hpa_ext import __version__
+
+    try:
+        module = importlib.import_module("hpa_ext._cuda")
+    except ImportError as error:
+        raise BackendError(
+            f"the compiled module hpa_ext._cuda cannot be loaded ({error}). It is built where a CUDA compiler is "
+            "found at install time: `HPA_CUDA=ON pip install .` says what is missing."
+        ) from error
+    built = (module.__version__, module.INTERFACE)
+    if built != (__version__, CUDA_INTERFACE):
+        raise BackendError(
+            f"the compiled module {module.__file__} is of version {built[0]} (interface {built[1]}), the Python source "
+            f"beside {__file__} of version {__version__} (interface {CUDA_INTERFACE}). Install again: `pip install .`"
+        )
+    return module
+
+
+@cache
+def cuda_trouble() -> str | None:
+    """Why the CUDA kernels cannot run in this process; ``None`` where they can."""
+    if torch.version.hip is not None:
+        return "this torch is for AMD GPUs"
+    try:
+        return cuda_extension().unavailable() or None
+    except BackendError as error:
+        return str(error)
 
 
 def triton_trouble(device: torch.device) -> str | None:

@@ -20,45 +20,10 @@ namespace {
 // Raised together with hpa_ext.backend.INTERFACE whenever a signature below changes.
 constexpr int kInterface = 3;
 
-class TensorList {
- public:
-  TensorList(const char* name, const py::sequence& objects) {
-    arguments_.reserve(objects.size());
-    for (const py::handle object : objects) {
-      arguments_.emplace_back(name, object);
-      views_.push_back(arguments_.back().view());
-    }
-  }
-  const std::vector<TensorView>& views() const { return views_; }
-
- private:
-  std::vector<TensorArgument> arguments_;
-  std::vector<TensorView> views_;
-};
-
 void check_lengths(std::size_t count, std::initializer_list<const TensorList*> lists) {
   for (const TensorList* list : lists) {
     if (list->views().size() != count) throw py::value_error("expected lists of one length");
   }
-}
-
-class OptionalTensor {
- public:
-  OptionalTensor(const char* name, const py::object& object) {
-    if (!object.is_none()) argument_.emplace(name, object);
-  }
-  std::optional<TensorView> view() const { return argument_ ? std::optional(argument_->view()) : std::nullopt; }
-
- private:
-  std::optional<TensorArgument> argument_;
-};
-
-template <class Value, std::size_t Count>
-Value choose(const char* name, const std::string& given, const Choice<Value> (&choices)[Count]) {
-  for (const auto& [word, value] : choices) {
-    if (given == word) return value;
-  }
-  throw py::value_error(std::string(name) + ": got '" + given + "'");
 }
 
 void accumulate_gram_(const py::object& gram, const py::object& x, double scale, int threads) {

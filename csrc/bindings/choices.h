@@ -1,6 +1,9 @@
 // The words that options have in Python.
 #pragma once
 
+#include <pybind11/pybind11.h>
+
+#include <string>
 #include <utility>
 
 #include "hpa/kernels.h"
@@ -22,5 +25,13 @@ inline constexpr Choice<SelectionOptions::Overflow> kOverflows[] = {{"cap", Sele
                                                                     {"keep", SelectionOptions::Overflow::keep}};
 inline constexpr Choice<SelectionOptions::PhiNorm> kPhiNorms[] = {{"none", SelectionOptions::PhiNorm::none},
                                                                   {"mean", SelectionOptions::PhiNorm::mean}};
+
+template <class Value, std::size_t Count>
+Value choose(const char* name, const std::string& given, const Choice<Value> (&choices)[Count]) {
+  for (const auto& [word, value] : choices) {
+    if (given == word) return value;
+  }
+  throw pybind11::value_error(std::string(name) + ": got '" + given + "'");
+}
 
 }  // namespace hpa::bindings

@@ -7,8 +7,10 @@
 
 #include <pybind11/pybind11.h>
 
+#include <optional>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "dlpack/dlpack.h"
 #include "hpa/tensor_view.h"
@@ -32,8 +34,14 @@ inline DType to_dtype(const char* name, const DLDataType& dtype) {
   throw py::type_error(std::string(name) + ": expected float32, float64, bfloat16, float16 or bool");
 }
 
-inline TensorView to_view(const char* name, const DLTensor& tensor) {
-  if (!is_tensor_on_cpu(tensor.device)) throw py::value_error(std::string(name) + ": expected a tensor on the CPU");
+// Whether the kernels of a module can read what lies on a device.
+using Accepts = bool (*)(const DLDevice& device);
+
+inline TensorView to_view(const char* name, const DLTensor& tensor, Accepts accepts = is_tensor_on_cpu) {
+  if (!accepts(tensor.device)) {
+    const char* where = accepts == is_tensor_on_cpu ? "the CPU" : "the device of the call";
+    throw py::value_error(std::string(name) + ": expected a tensor on " + where);
+  }
   if (tensor.ndim > kMaxDims) throw py::value_error(std::string(name) + ": expected at most 16 dimensions");
   TensorView view;
   view.data = static_cast<char*>(tensor.data) + tensor.byte_offset;
@@ -86,11 +94,12 @@ inline const DLManagedTensorVersioned* versioned(py::handle capsule) {
 // Keeps what the view points to alive; the capsule stays unconsumed, so dropping it frees the producer's export.
 class TensorArgument {
  public:
-  TensorArgument(const char* name, py::handle object) : owner_(py::reinterpret_borrow<py::object>(object)) {
+  TensorArgument(const char* name, py::handle object, Accepts accepts = is_tensor_on_cpu)
+      : owner_(py::reinterpret_borrow<py::object>(object)) {
     if (const DLPackExchangeAPI* api = exchange_api(Py_TYPE(object.ptr()))) {
       DLTensor tensor;
       if (api->dltensor_from_py_object_no_sync(object.ptr(), &tensor) != 0) throw py::error_already_set();
-      view_ = to_view(name, tensor);
+      view_ = to_view(name, tensor, accepts);
       return;
     }
     if (!py::hasattr(object, "__dlpack__")) {
@@ -98,9 +107,10 @@ class TensorArgument {
     }
     capsule_ = export_capsule(object);
     if (const auto* managed = versioned(capsule_)) {
-      view_ = to_view(name, managed->dl_tensor);
+      view_ = to_view(name, managed->dl_tensor, accepts);
     } else if (PyCapsule_IsValid(capsule_.ptr(), "dltensor") != 0) {
-      view_ = to_view(name, static_cast<DLManagedTensor*>(PyCapsule_GetPointer(capsule_.ptr(), "dltensor"))->dl_tensor);
+      const void* managed_tensor = PyCapsule_GetPointer(capsule_.ptr(), "dltensor");
+      view_ = to_view(name, static_cast<const DLManagedTensor*>(managed_tensor)->dl_tensor, accepts);
     } else {
       throw py::type_error(std::string(name) + ": __dlpack__ returned something else than a DLPack capsule");
     }
@@ -111,6 +121,33 @@ class TensorArgument {
  private:
   py::object owner_, capsule_;
   TensorView view_;
+};
+
+class TensorList {
+ public:
+  TensorList(const char* name, const py::sequence& objects, Accepts accepts = is_tensor_on_cpu) {
+    arguments_.reserve(objects.size());
+    for (const py::handle object : objects) {
+      arguments_.emplace_back(name, object, accepts);
+      views_.push_back(arguments_.back().view());
+    }
+  }
+  const std::vector<TensorView>& views() const { return views_; }
+
+ private:
+  std::vector<TensorArgument> arguments_;
+  std::vector<TensorView> views_;
+};
+
+class OptionalTensor {
+ public:
+  OptionalTensor(const char* name, const py::object& object, Accepts accepts = is_tensor_on_cpu) {
+    if (!object.is_none()) argument_.emplace(name, object, accepts);
+  }
+  std::optional<TensorView> view() const { return argument_ ? std::optional(argument_->view()) : std::nullopt; }
+
+ private:
+  std::optional<TensorArgument> argument_;
 };
 
 // True where the producer says, in a versioned export, that its memory must not be written to.

@@ -1,0 +1,375 @@
+"""The CUDA kernels on the host: the same .cu files, compiled by g++ with the emulator of tests/cuda_emulation, against
+the reference.  Sizes lie around warps, packs of 16 bytes, blocks and groups."""
+
+from __future__ import annotations
+
+import ctypes
+import math
+import shutil
+import sys
+import zlib
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+from kernel_cases import FLOATS, LAYOUTS, ROUNDOFF, assert_within, bits, f64, normal, orthonormal_rows, rounded, uniform
+from torch import Tensor
+
+from hpa_ext import backend, cuda, reference
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "cuda_emulation"))
+import build
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
+
+
+@pytest.fixture(scope="session")
+def emulation() -> ModuleType:
+    pytest.importorskip("pybind11")
+    return build.module()
+
+
+@pytest.fixture(autouse=True)
+def order(request: pytest.FixtureRequest, emulation: ModuleType, monkeypatch: pytest.MonkeyPatch) -> int:
+    """Threads and blocks run forward, backward or shuffled: one of the three a test, by its name."""
+    chosen = (0, 1, 7)[zlib.crc32(request.node.name.encode()) % 3]
+    ctypes.CDLL(emulation.__file__).hpa_emulation_set_order(chosen)
+    monkeypatch.setattr(cuda, "cuda_extension", lambda: emulation)
+    return chosen
+
+
+GRAM_DTYPES = [
+    (torch.float32, torch.float32),
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float32),
+    (torch.bfloat16, torch.float64),
+    (torch.float64, torch.float64),
+]
+PAIRS = [
+    (torch.float32, torch.float32),
+    (torch.float32, torch.bfloat16),
+    (torch.bfloat16, torch.float16),
+    (torch.float16, torch.float64),
+    (torch.float64, torch.float64),
+]
+SHAPES = [(1, 1), (3, 5), (65, 264), (300, 70), (2, 1100)]
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+@pytest.mark.parametrize(("rows", "cols"), SHAPES)
+def test_change_statistics(rows: int, cols: int, layout: str, dtype: torch.dtype) -> None:
+    before = LAYOUTS[layout](normal(rows, cols, dtype=dtype))
+    after = (before.double() + normal(rows, cols, seed=1, dtype=torch.float64, scale=0.1)).to(dtype)
+    expected, expected_scalars = reference.change_statistics(before, after)
+    actual, scalars = cuda.change_statistics(before, after)
+    u = ROUNDOFF[dtype]
+    assert_within(actual, expected, (16 + 6) * u * f64(expected))
+    old, change = f64(before), f64(after) - f64(before)
+    sizes = np.array([np.abs(change * old).sum(), np.square(old).sum(), np.square(change).sum()])
+    assert_within(scalars, expected_scalars, (2.5 * u + before.numel() * 2.0**-53) * sizes)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (5, 0)])
+def test_change_statistics_of_nothing(shape: tuple[int, int]) -> None:
+    columns, scalars = cuda.change_statistics(torch.zeros(shape), torch.zeros(shape))
+    assert columns.tolist() == [0.0] * shape[1]
+    assert scalars.tolist() == [0, 0, 0]
+
+
+def test_change_statistics_keep_the_digits_of_a_dot_product_that_cancels() -> None:
+    before = torch.ones(2000, 64)
+    after = before + torch.where(torch.arange(2000) % 2 == 0, 0.5, -0.5)[:, None]
+    after[0, 0] += 2.0**-20
+    assert cuda.change_statistics(before, after)[1][0].item() == 2.0**-20
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+@pytest.mark.parametrize("projection", [0.0, 0.37])
+@pytest.mark.parametrize(("rows", "cols"), SHAPES)
+def test_merge(rows: int, cols: int, projection: float, layout: str, dtype: torch.dtype) -> None:
+    after = LAYOUTS[layout](normal(rows, cols, dtype=dtype))
+    before = normal(rows, cols, seed=1, dtype=dtype)
+    mask = (uniform(2 * cols, seed=2) < 0.3)[::2]
+    original, expected = after.clone(), after.clone()
+    reference.merge_(expected, before, mask, projection)
+    cuda.merge_(after, before, mask, projection)
+    np.testing.assert_array_equal(bits(after[:, mask]), bits(before[:, mask]))
+    if projection == 0:
+        np.testing.assert_array_equal(bits(after[:, ~mask]), bits(original[:, ~mask]))
+    arithmetic = ROUNDOFF[dtype] * (2 * np.abs(projection * f64(before)) + np.abs(f64(expected)))
+    assert_within(after, expected, arithmetic + 2 * rounded(f64(expected), dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_merge_copies_every_16_bit_pattern(dtype: torch.dtype) -> None:
+    patterns = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(2, -1)
+    before, after = patterns.view(dtype), patterns.flip(1).contiguous().view(dtype)
+    mask = torch.arange(2**15) % 3 == 0
+    original = after.clone()
+    cuda.merge_(after, before, mask, 0.0)
+    np.testing.assert_array_equal(bits(after[:, mask]), bits(before[:, mask]))
+    np.testing.assert_array_equal(bits(after[:, ~mask]), bits(original[:, ~mask]))
+
+
+def importance_bound(actual: Tensor, wanted: Tensor, wide: bool) -> np.ndarray:
+    u = 2.0**-53 if wide else 2.0**-24
+    return 3 * u * np.abs(f64(wanted)) + 2.0**-149 + 2 * rounded(f64(wanted), actual.dtype)
+
+
+@pytest.mark.parametrize("kind", ["fisher", "taylor"])
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+@pytest.mark.parametrize("dtypes", PAIRS)
+def test_accumulate_importance(dtypes: tuple[torch.dtype, torch.dtype], layout: str, kind: str) -> None:
+    shapes = [(), (1,), (7, 13), (3, 5, 2, 4), (4096,), (2, 4100), (0, 3)]
+    importance = [uniform(*shape, dtype=dtypes[0]) for shape in shapes]
+    grads = [normal(*shape, seed=1, dtype=dtypes[1]) for shape in shapes]
+    grads = [LAYOUTS[layout](g) if g.dim() >= 2 else g for g in grads]
+    weights = [normal(*shape, seed=2) for shape in shapes] if kind == "taylor" else None
+    expected = [t.clone() for t in importance]
+    reference.accumulate_importance_(expected, grads, weights, kind)
+    cuda.accumulate_importance_(importance, grads, weights, kind)
+    for actual, wanted in zip(importance, expected, strict=True):
+        assert_within(actual, wanted, importance_bound(actual, wanted, torch.float64 in dtypes))
+
+
+def test_a_list_longer_than_a_table_takes_several_launches() -> None:
+    grads = [normal(5, seed=i) for i in range(450)]
+    importance = [torch.zeros(5) for _ in grads]
+    cuda.accumulate_importance_(importance, grads, None, "fisher")
+    assert all(torch.equal(total, grad.square()) for total, grad in zip(importance, grads, strict=True))
+
+
+def test_permuted_dimensions_are_matched_by_index() -> None:
+    grad = normal(4, 5, 6)
+    importance = torch.zeros(6, 4, 5).permute(1, 2, 0)
+    cuda.accumulate_importance_([importance], [grad], None, "fisher")
+    assert torch.equal(importance, grad.square())
+
+
+def test_nan_and_inf_spread_to_their_element() -> None:
+    grad = torch.tensor([1.0, math.nan, math.inf, 2.0])
+    total = torch.zeros(4)
+    cuda.accumulate_importance_([total], [grad], None, "fisher")
+    assert total[[0, 3]].tolist() == [1, 4]
+    assert total[1].isnan()
+    assert total[2] == math.inf
+
+
+def gram_bound(gram: Tensor, x: Tensor, scale: float) -> np.ndarray:
+    rows = np.abs(f64(x))
+    terms = min(len(rows), 256) + math.ceil(len(rows) / 256) + 4
+    return ROUNDOFF[gram.dtype] * terms * (abs(scale) * rows.T @ rows + np.abs(f64(gram)))
+
+
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+@pytest.mark.parametrize(("x_dtype", "gram_dtype"), GRAM_DTYPES)
+@pytest.mark.parametrize(("tokens", "cols"), [(1, 1), (5, 40), (33, 136), (70, 65), (0, 3)])
+def test_accumulate_gram(tokens: int, cols: int, x_dtype: torch.dtype, gram_dtype: torch.dtype, layout: str) -> None:
+    x, gram = LAYOUTS[layout](normal(tokens, cols, dtype=x_dtype)), normal(cols, cols, seed=1, dtype=gram_dtype)
+    expected, above = gram.clone(), gram.triu(1).clone()
+    reference.accumulate_gram_(expected, x, 0.5)
+    limit = gram_bound(gram, x, 0.5)
+    cuda.accumulate_gram_(gram, x, 0.5)
+    assert_within(gram, expected, limit)
+    assert torch.equal(gram.triu(1), above)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_over_many_tokens_are_taken_in_blocks(dtype: torch.dtype) -> None:
+    x = torch.full((9000, 2), 0.1).to(dtype)
+    gram = torch.zeros(2, 2)
+    cuda.accumulate_gram_(gram, x, 1.0)
+    exact = 9000 * float(x[0, 0]) ** 2
+    assert abs(float(gram[1, 0]) - exact) < (256 + 36) * 2.0**-24 * exact
+
+
+def gram_of(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Lower triangle of 2 x^T x; NaN above it, which nobody may read."""
+    rows = x.double()
+    lower = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).tril()
+    return torch.where(lower, 2 * rows.T @ rows, math.nan).to(dtype)
+
+
+@pytest.mark.parametrize("mode", ["exact", "pivot"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("cols", [1, 2, 31, 33, 70])
+def test_inverse_diagonal(cols: int, dtype: torch.dtype, mode: str) -> None:
+    gram = gram_of(normal(cols + 20, cols), dtype)
+    expected, lam, _ = reference.inverse_diagonal(gram, None, 2.0, 0.01, mode)
+    actual, actual_lam, route = cuda.inverse_diagonal(gram, None, 2.0, 0.01, mode)
+    assert (actual.dtype, route) == (dtype, "dense")
+    assert actual_lam == pytest.approx(lam, rel=1e-14)
+    np.testing.assert_allclose(f64(actual), f64(expected), rtol=2.0**-23 if dtype == torch.float32 else 1e-11)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("tokens", "route"), [(10, "low_rank"), (60, "dense")])
+def test_inverse_diagonal_of_activations(tokens: int, route: str, dtype: torch.dtype) -> None:
+    x = normal(tokens, 40, dtype=dtype)
+    expected, lam, _ = reference.inverse_diagonal(None, x, 2.0, 0.01, "exact")
+    actual, actual_lam, actual_route = cuda.inverse_diagonal(None, x, 2.0, 0.01, "exact")
+    assert actual_route == route
+    assert actual_lam == pytest.approx(lam, rel=1e-13)
+    np.testing.assert_allclose(f64(actual), f64(expected), rtol=1e-10 if dtype == torch.float64 else 2.0**-22)
+
+
+def test_what_cannot_be_factored_is_told_apart() -> None:
+    indefinite = torch.tensor([[1.0, 0.0], [3.0, 1.0]])
+    assert cuda.inverse_diagonal(indefinite, None, 2.0, 0.01, "exact") == (None, pytest.approx(0.01), "dense")
+    assert cuda.inverse_diagonal(torch.zeros(3, 3), None, 2.0, 0.01, "exact")[:2] == (None, 0.0)
+    for place in ((2, 2), (4, 1)):
+        for value in (math.nan, math.inf):
+            gram = torch.eye(6)
+            gram[place] = value
+            with pytest.raises(ValueError, match="^gram: contains NaN or Inf"):
+                cuda.inverse_diagonal(gram, None, 2.0, 0.01, "exact")
+    x = normal(3, 6)
+    x[1, 2] = math.nan
+    with pytest.raises(ValueError, match="^activations: contains NaN or Inf"):
+        cuda.inverse_diagonal(None, x, 2.0, 0.01, "exact")
+
+
+def projection_bound(grads: np.ndarray, basis: np.ndarray, u: float) -> np.ndarray:
+    """Dot products sum at most 32 products a thread and 256 threads as a tree; then rank products are subtracted."""
+    rows = np.abs(basis)
+    size = np.abs(grads) @ rows.T
+    terms = min(basis.shape[1], 32 + 13) + 4
+    return u * (terms * size @ rows + (len(basis) + 3) * (np.abs(grads) + size @ rows))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "padded_rows", "columns_first"])
+@pytest.mark.parametrize("dtypes", PAIRS)
+@pytest.mark.parametrize(("vectors", "n", "rank"), [(1, 1, 1), (1, 2500, 5), (2, 2049, 33), (9, 130, 17), (3, 40, 9)])
+def test_project(vectors: int, n: int, rank: int, dtypes: tuple[torch.dtype, torch.dtype], layout: str) -> None:
+    grads = LAYOUTS[layout](normal(vectors, n, dtype=dtypes[0]))
+    basis = orthonormal_rows(rank, n, seed=1, dtype=dtypes[1])
+    expected, before = grads.clone(), f64(grads)
+    reference.project_([expected], [basis], 1)
+    cuda.project_([grads], [basis], 1)
+    limit = projection_bound(before, f64(basis), 2.0**-53 if torch.float64 in dtypes else 2.0**-24)
+    assert_within(grads, expected, limit + 2 * (rounded(f64(expected), dtypes[0]) + rounded(limit, dtypes[0])))
+
+
+def test_a_list_is_one_long_vector_also_over_several_tables() -> None:
+    sizes = [int(size) for size in torch.randint(1, 12, (430,), generator=torch.Generator().manual_seed(0))]
+    whole, basis = normal(sum(sizes)), orthonormal_rows(4, sum(sizes), seed=1)
+    grads = [part.clone()[None] for part in whole.split(sizes)]
+    slices = [part.clone() for part in basis.split(sizes, dim=1)]
+    cuda.project_(grads, slices, 1)
+    expected = f64(whole) - f64(basis).T @ (f64(basis) @ f64(whole))
+    actual = torch.cat([grad[0] for grad in grads])
+    assert_within(actual, expected, projection_bound(f64(whole)[None], f64(basis), 2.0**-24)[0])
+
+
+def test_nothing_to_project_on_leaves_the_vectors_alone() -> None:
+    for vectors, n, rank in ((2, 5, 0), (0, 5, 2), (2, 0, 0)):
+        grads = normal(vectors, n)
+        before = grads.clone()
+        cuda.project_([grads], [torch.zeros(rank, n)], 2)
+        assert torch.equal(grads, before)
+
+
+def loss(rows: Tensor, basis: Tensor | None = None) -> float:
+    q = f64(rows)
+    own = np.abs(q @ q.T - np.eye(len(q))).max(initial=0)
+    return max(own, np.abs(q @ f64(basis).T).max(initial=0)) if basis is not None else own
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+@pytest.mark.parametrize(("rank", "n", "known"), [(1, 1, 0), (5, 60, 3), (11, 300, 0), (9, 12, 5), (3, 2100, 1)])
+def test_orthonormalize(rank: int, n: int, known: int, layout: str, dtype: torch.dtype) -> None:
+    basis = orthonormal_rows(known, n, seed=1, dtype=dtype) if known else None
+    vectors = LAYOUTS[layout](normal(rank, n, dtype=dtype))
+    expected = vectors.clone()
+    kept = cuda.orthonormalize_(vectors, basis, 1e-4)
+    assert kept == reference.orthonormalize_(expected, basis, 1e-4) == min(rank, n - known)
+    u = ROUNDOFF[dtype]
+    assert loss(vectors[:kept], basis) < 16 * u
+    assert not vectors[kept:].any()
+    np.testing.assert_allclose(f64(vectors), f64(expected), atol=1000 * u)
+
+
+def test_orthogonality_does_not_depend_on_the_condition() -> None:
+    left = torch.linalg.qr(normal(20, 20, seed=5, dtype=torch.float64))[0]
+    right = orthonormal_rows(20, 400, seed=6, dtype=torch.float64)
+    vectors = (left * torch.logspace(0, -6, 20, dtype=torch.float64) @ right).float()
+    assert cuda.orthonormalize_(vectors, None, 0.0) == 20
+    assert loss(vectors) < 16 * 2.0**-24
+
+
+def test_dependent_rows_are_dropped_and_the_rest_moves_up() -> None:
+    a, b, c = normal(3, 40)
+    vectors = torch.stack([a, 2 * a, b, a + b, torch.zeros(40), c, b - c, a, b, c])
+    assert cuda.orthonormalize_(vectors, None, 1e-4) == 3
+    assert loss(vectors[:3]) < 16 * 2.0**-24
+    assert not vectors[3:].any()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_bad_row_is_named_and_nothing_is_written(value: float) -> None:
+    vectors = normal(12, 20)
+    vectors[10, 3] = value
+    before = vectors.clone()
+    with pytest.raises(ValueError, match="^vectors: row 10 contains NaN or Inf"):
+        cuda.orthonormalize_(vectors, None, 1e-4)
+    np.testing.assert_array_equal(bits(vectors), bits(before))
+
+
+def test_nothing_to_orthonormalize() -> None:
+    assert cuda.orthonormalize_(torch.zeros(0, 5), None, 1e-4) == 0
+    assert cuda.orthonormalize_(torch.zeros(5, 0), None, 1e-4) == 0
+    assert cuda.orthonormalize_(torch.zeros(3, 4), None, 1e-4) == 0
+
+
+SELECTIONS = [
+    ("full", "affine", 1, "cap", "none"),
+    ("full", "relu", -1, "keep", "mean"),
+    ("eps", "abs", 1, "cap", "none"),
+    ("phi", "const", 1, "cap", "mean"),
+]
+
+
+@pytest.mark.parametrize("options", SELECTIONS)
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("cols", [1, 2, 33, 300, 2500])
+def test_balanced_mask(cols: int, dtype: torch.dtype, options: tuple) -> None:
+    for seed, (safety, task) in enumerate(
+        [
+            (uniform(cols, seed=3), uniform(cols, seed=4)),
+            (uniform(cols, seed=5).mul(4).floor(), uniform(cols, seed=6).mul(4).floor()),  # ties and zeros
+            (normal(cols, seed=7).exp(), normal(cols, seed=8).exp()),
+        ]
+    ):
+        focus = (cols * (seed + 1)) // 3
+        arguments = (safety.to(dtype), task.to(dtype), focus // 2, focus, (0.4, 0.8), *options)
+        expected = reference.balanced_mask(*arguments)
+        actual = cuda.balanced_mask(*arguments)
+        assert torch.equal(actual[0], expected[0])
+        # The host's own log: the same numbers, bit by bit.
+        assert actual[1:] == expected[1:]
+
+
+def test_balanced_mask_of_no_columns_and_of_strided_scores() -> None:
+    none = cuda.balanced_mask(torch.zeros(0), torch.zeros(0), 0, 0, (0.4, 0.8), *SELECTIONS[0])
+    assert none[0].shape == (0,)
+    assert none[2:] == (0.0, 0, 0, 0)
+    wide = uniform(2, 100)
+    arguments = (wide.T[:, 0], uniform(200)[::2], 5, 30, (0.4, 0.8), *SELECTIONS[0])
+    assert torch.equal(cuda.balanced_mask(*arguments)[0], reference.balanced_mask(*arguments)[0])
+
+
+def test_the_module_refuses_arguments_that_do_not_fit(emulation: ModuleType) -> None:
+    where = (0, 0, lambda count: torch.empty(count, dtype=torch.float64))
+    with pytest.raises(ValueError, match="^before: expected shape"):
+        emulation.merge_(where, torch.zeros(2, 3), torch.zeros(2, 2), torch.zeros(3, dtype=torch.bool), 0.0)
+    with pytest.raises(ValueError, match="^mask: expected bool"):
+        emulation.merge_(where, torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(3), 0.0)
+
+
+def test_the_binding_and_the_package_speak_of_one_interface(emulation: ModuleType) -> None:
+    assert emulation.INTERFACE == backend.CUDA_INTERFACE
