@@ -64,6 +64,12 @@ class RowsView {
     return data_ + (row * row_stride_ + offset) * size_;
   }
 
+  // The same for the arithmetic's own type alone.
+  template <class T>
+  T* in_place(std::int64_t row, std::int64_t offset) const {
+    return dtype_ == kNative<T> ? static_cast<T*>(find(row, offset)) : nullptr;
+  }
+
   // Elements [offset, offset + count) of a vector: where they lie, or converted into `scratch`.
   template <class T>
   T* read(const isa::Kernels<T>& kernels, std::int64_t row, std::int64_t offset, std::int64_t count, T* scratch) const {
@@ -87,11 +93,6 @@ class RowsView {
   }
 
  private:
-  template <class T>
-  T* in_place(std::int64_t row, std::int64_t offset) const {
-    return dtype_ == kNative<T> ? static_cast<T*>(find(row, offset)) : nullptr;
-  }
-
   template <class Body>
   void for_each_run(std::int64_t row, std::int64_t offset, std::int64_t count, const Body& body) const {
     const int inner = dims_ - 1;
