@@ -1,23 +1,32 @@
 // Rows v of `vectors` become orthonormal, and orthogonal to the rows of `basis`     vectors [m, n], basis [known, n]
 //
 // Method       Block Gram-Schmidt with reorthogonalisation (Barlow and Smoktunowicz 2013).  For each block of up to 128
-//              rows, twice: take out the basis and the rows kept so far (project.cpp), then orthonormalise within the
-//              block by the Cholesky factor of its Gram matrix (CholeskyQR2).  The Gram matrix is summed in float64, in
-//              which products of two floats are exact, so the first factorisation stands conditions up to 1e6 where one
-//              in float32 stands 1e3; the second round starts from nearly orthonormal rows and ends at the unit
-//              roundoff.
+//              rows, twice: take out the basis and the rows kept so far (project.cpp), then V = L Q with the Cholesky
+//              factor L of the block's Gram matrix (CholeskyQR2).  The first Gram matrix is summed in float64, in which
+//              products of two floats are exact, so its factor stands conditions up to 1e6 where one in float32 stands
+//              1e3.  The second round starts from nearly orthonormal rows and ends at the unit roundoff.
+//              Q comes from forward substitution, not from an inverse: each column of Q solves a triangular system that
+//              differs from L by roundoff, so L Q is V up to the roundoff of V, whatever the condition.
 // Ill cases    Where float64 cannot tell whether a row is kept (less than 1e-12 of its squared length is left and rtol
-//              is smaller than that), or lengths are extreme, nothing has been changed and the block goes the slow way:
+//              is smaller than that), or lengths are extreme, no factor has been used and the block goes the slow way:
 //              eight rows at a time, vector by vector within them, each orthogonalised twice.
 // Dropped      rows with |rest| <= rtol * |v|, and rows that the second round shrinks below 1/sqrt(2) (Kahan and
 //              Parlett): what is left of those is rounding noise, which must not be normalised into a direction.
-// Arithmetic   as project.cpp; Gram matrices and norms in float64.  Rows are stored in their own dtype between rounds.
-// Bytes moved  m <= 128: six times `vectors` (read for each Gram matrix, read and written for each change of rows), where
-//              the minimum for two rounds is the same; 2 m^2 n multiply-adds, half of them in float64.
-// Design       Kept rows move up over dropped ones, so that rows [0, kept) are always the basis so far.  Columns are cut
-//              into tasks by shape alone; partial Gram matrices are added in order.
+// Arithmetic   as project.cpp; the Gram matrix of the second round in float32 over at most 2048 columns, float64 beyond.
+//              Rows are stored in their own dtype between rounds.
+// Flops        4 m^2 n for m <= 128 without a basis: two Gram matrices and two substitutions of m^2 n each, the first of
+//              them in float64.  Householder QR with its Q takes as many.
+// Bytes moved  five times `vectors`: read for the first Gram matrix, then read and written by two substitutions.  The
+//              second Gram matrix is summed from each chunk of columns while it is in the cache.  The minimum of two
+//              rounds is the same.
+// Bound        multiply-adds.
+// Design       Kept rows move up over dropped ones, so that rows [0, kept) are always the basis so far.  A chunk of
+//              columns is copied into the second-level cache and worked on there.  Chunks are dealt to tasks by shape
+//              alone and the tasks' Gram matrices added in order: the result does not depend on the number of threads.
 #include <algorithm>
 #include <cmath>
+#include <optional>
+#include <utility>
 #include <vector>
 
 #include "buffer.h"
@@ -30,11 +39,11 @@
 namespace hpa {
 namespace {
 
-constexpr std::int64_t kBlockRows = 128;     // rows that share a Gram matrix
-constexpr std::int64_t kFewRows = 8;         // rows orthogonalised together on the slow way
-constexpr std::int64_t kColumns = 512;       // columns of a block that are replaced together
-constexpr std::int64_t kChunk = 16 * 1024;   // columns of a task, or more where there would be
-constexpr std::int64_t kChunks = 64;         // more tasks than this
+constexpr std::int64_t kBlockRows = 128;          // rows that share a Gram matrix
+constexpr std::int64_t kFewRows = 8;              // rows orthogonalised together on the slow way
+constexpr std::int64_t kChunkBytes = 256 * 1024;  // of rows in the second-level cache
+constexpr std::int64_t kSum = 2048;               // most columns of them: the length of a sum in float32
+constexpr std::int64_t kTasks = 64;               // most tasks, each with a Gram matrix of its own
 constexpr double kTrust = 1e-12;             // part of a squared length that is surely not rounding of the Gram matrix
 constexpr double kShortest = 1e-15;          // lengths whose ratios
 constexpr double kLongest = 1e15;            // float32 can represent
@@ -48,12 +57,36 @@ TensorView select_rows(TensorView tensor, std::int64_t first, std::int64_t count
   return tensor;
 }
 
-// Rows of a block that are independent, and for each of them the combination of the block's rows that is orthonormal:
-// a lower triangle, [kept][rows].
-struct Combination {
+// Rows of a block that are independent, and the Cholesky factor of their Gram matrix: a lower triangle, [kept][rows].
+struct Factor {
   std::vector<std::int64_t> kept;
-  std::vector<double> weights;
+  std::vector<double> lower;
   bool is_sure = true;
+
+  std::int64_t order() const { return static_cast<std::int64_t>(kept.size()); }
+};
+
+// Rows cut into chunks of columns that stay in the second-level cache as T, and chunks dealt to tasks.
+template <class T>
+struct Chunks {
+  std::int64_t length, width, pitch, per_task, tasks;
+
+  Chunks(std::int64_t rows, std::int64_t columns) : length(columns) {
+    constexpr std::int64_t size = sizeof(T), line = 64;
+    const std::int64_t p = isa::active().kernels<T>().panel;
+    const std::int64_t widest =
+        std::clamp<std::int64_t>(kChunkBytes / (std::max<std::int64_t>(rows, 1) * size), 1, kSum);
+    width = ceil_div(std::clamp<std::int64_t>(columns, 1, widest), p) * p;
+    pitch = (ceil_div(width * size, line) | 1) * line / size;  // an odd number of lines: no two rows share all sets
+    per_task = std::max<std::int64_t>(ceil_div(ceil_div(columns, width), kTasks), 1);
+    tasks = ceil_div(columns, per_task * width);
+  }
+
+  template <class Body>
+  void for_each(std::int64_t task, const Body& body) const {
+    const std::int64_t stop = std::min(length, (task + 1) * per_task * width);
+    for (std::int64_t at = task * per_task * width; at < stop; at += width) body(at, std::min(width, length - at));
+  }
 };
 
 template <class T>
@@ -63,20 +96,24 @@ class Orthonormalizer {
       : kernels_(isa::active().kernels<T>()),
         vectors_(vectors),
         rows_(vectors, 1),
+        matrix_(as_matrix("vectors", vectors)),
         basis_(basis),
         rtol_(rtol),
         threads_(threads),
         row_threads_(useful_threads(rows_.length(), kGrain, threads)),
         tasks_(ceil_div(rows_.length(), kTask)),
         partial_(tasks_),
-        chunk_(std::max(kChunk, ceil_div(ceil_div(rows_.length(), kChunks), kColumns) * kColumns)),
         scratch_(row_threads_ * kPiece) {}
 
   OrthonormalizeResult run() {
     OrthonormalizeResult result;
+    // With nothing to take out of them first, the Gram matrix of the rows says their lengths.
+    const bool alone = !basis_ && rows_.rows() <= kBlockRows;
+    Gram gram(0);
+    if (alone) gram = add_up_gram(0, rows_.rows());
     std::vector<double> lengths;
     for (std::int64_t row = 0; row < rows_.rows(); ++row) {
-      lengths.push_back(norm(row));
+      lengths.push_back(alone ? std::sqrt(gram[row * rows_.rows() + row]) : norm(row));
       if (!std::isfinite(lengths.back())) {
         result.bad_row = row;
         return result;
@@ -85,7 +122,15 @@ class Orthonormalizer {
     std::int64_t kept = 0;
     for (std::int64_t start = 0; start < rows_.rows(); start += kBlockRows) {
       const std::int64_t count = std::min(kBlockRows, rows_.rows() - start);
-      kept = add_block(start, count, kept, lengths);
+      const double* length = lengths.data() + start;
+      const bool ordinary = std::all_of(
+          length, length + count, [](double value) { return value == 0 || (kShortest < value && value < kLongest); });
+      if (ordinary && !alone) {
+        project_out(start, count, kept);
+        gram = add_up_gram(start, count);
+      }
+      const std::optional<std::int64_t> end = ordinary ? add_block(start, count, kept, length, gram) : std::nullopt;
+      kept = end ? *end : add_few_at_a_time(start, count, kept, lengths);
     }
     for (std::int64_t row = kept; row < rows_.rows(); ++row) scale_to(row, row, 0.0);
     result.kept = kept;
@@ -93,39 +138,40 @@ class Orthonormalizer {
   }
 
  private:
-  // Takes rows [start, start + count), writes those that are independent from row `kept` on; returns where they end.
-  std::int64_t add_block(std::int64_t start, std::int64_t count, std::int64_t kept,
-                         const std::vector<double>& lengths) {
-    const double* length = lengths.data() + start;
-    const bool ordinary = std::all_of(
-        length, length + count, [](double value) { return value == 0 || (kShortest < value && value < kLongest); });
-    if (!ordinary) return add_few_at_a_time(start, count, kept, lengths);
-    project_out(start, count, kept);
+  using Gram = Buffer<double>;
+
+  // Takes rows [start, start + count), whose Gram matrix is given, writes those that are independent from row `kept` on.
+  // Returns where they end, or nothing, with nothing written, where float64 cannot tell.
+  std::optional<std::int64_t> add_block(std::int64_t start, std::int64_t count, std::int64_t kept, const double* length,
+                                        const Gram& gram) {
     std::vector<double> smallest(static_cast<std::size_t>(count));
     for (std::int64_t i = 0; i < count; ++i) smallest[static_cast<std::size_t>(i)] = std::pow(rtol_ * length[i], 2);
-    const Combination first = factor(start, count, smallest);
-    if (!first.is_sure) return add_few_at_a_time(start, count, kept, lengths);
-    combine(start, count, first, kept);
-    const auto found = static_cast<std::int64_t>(first.kept.size());
-    project_out(kept, found, kept);
-    const Combination second = factor(kept, found, std::vector<double>(first.kept.size(), 0.5));
-    combine(kept, found, second, kept);
-    return kept + static_cast<std::int64_t>(second.kept.size());
+    const Factor first = factorize(count, gram, smallest);
+    if (!first.is_sure) return std::nullopt;
+    if (first.order() == 0) return kept;
+    const bool alone = !basis_ && kept == 0;
+    Gram next(0);
+    substitute(start, count, first, kept, alone ? &next : nullptr);
+    if (!alone) {
+      project_out(kept, first.order(), kept);
+      next = add_up_gram(kept, first.order());
+    }
+    const Factor second = factorize(first.order(), next, std::vector<double>(first.kept.size(), 0.5));
+    substitute(kept, first.order(), second, kept, nullptr);
+    return kept + second.order();
   }
 
-  // Cholesky factorisation of the Gram matrix of rows [start, start + count), which leaves out rows of which not more
-  // than `smallest` remains as a squared length.
-  Combination factor(std::int64_t start, std::int64_t count, const std::vector<double>& smallest) {
-    const Buffer<double> gram = add_up_gram(start, count);
-    Combination result;
-    std::vector<double> lower;  // of the factor, [kept][kept]: pitch count
-    lower.resize(static_cast<std::size_t>(count * count));
+  // Cholesky factorisation of a Gram matrix [count, count], which leaves out rows of which not more than `smallest`
+  // remains as a squared length.
+  static Factor factorize(std::int64_t count, const Gram& gram, const std::vector<double>& smallest) {
+    Factor result;
+    result.lower.resize(static_cast<std::size_t>(count * count));
     for (std::int64_t row = 0; row < count; ++row) {
-      const auto known = static_cast<std::int64_t>(result.kept.size());
-      double* l = lower.data() + known * count;
+      const std::int64_t known = result.order();
+      double* l = result.lower.data() + known * count;
       double rest = gram[row * count + row];
       for (std::int64_t k = 0; k < known; ++k) {
-        const double* other = lower.data() + k * count;
+        const double* other = result.lower.data() + k * count;
         double sum = gram[row * count + result.kept[static_cast<std::size_t>(k)]];
         for (std::int64_t i = 0; i < k; ++i) sum -= l[i] * other[i];
         l[k] = sum / other[k];
@@ -141,95 +187,85 @@ class Orthonormalizer {
         return result;
       }
     }
-    // Rows of the inverse of the factor, spread to the places of the rows that they weigh.
-    const auto found = static_cast<std::int64_t>(result.kept.size());
-    result.weights.resize(static_cast<std::size_t>(found * count));
-    for (std::int64_t i = 0; i < found; ++i) {
-      const double* l = lower.data() + i * count;
-      double* weights = result.weights.data() + i * count;
-      weights[result.kept[static_cast<std::size_t>(i)]] = 1;
-      for (std::int64_t k = 0; k < i; ++k) {
-        const double* other = result.weights.data() + k * count;
-        for (std::int64_t j = 0; j < count; ++j) weights[j] -= l[k] * other[j];
-      }
-      for (std::int64_t j = 0; j < count; ++j) weights[j] /= l[i];
-    }
     return result;
   }
 
-  // Lower triangle of the Gram matrix of rows [start, start + count), [count, count].
-  Buffer<double> add_up_gram(std::int64_t start, std::int64_t count) {
-    const std::int64_t chunks = ceil_div(rows_.length(), chunk_), size = count * count;
-    Buffer<double> partial(std::max<std::int64_t>(chunks, 1) * size);
+  // Lower triangle of the Gram matrix of rows [start, start + count), in float64 throughout.
+  Gram add_up_gram(std::int64_t start, std::int64_t count) const {
     const isa::Kernels<double>& wide = isa::active().kernels<double>();
-    parallel_for(chunks, block_threads(count), [&](std::int64_t task, int) {
-      double* out = partial.data() + task * size;
-      std::fill(out, out + size, 0.0);
-      const std::int64_t first = task * chunk_;
-      const MatrixView source{
-          static_cast<char*>(vectors_.data) +
-              (start * vectors_.stride[0] + first * vectors_.stride[1]) * element_size(vectors_.dtype),
-          vectors_.dtype,
-          count,
-          std::min(chunk_, rows_.length() - first),
-          vectors_.stride[0],
-          vectors_.stride[1]};
-      add_gram(wide, source, 1.0, MatrixView{out, DType::f64, count, count, count, 1}, 1);
+    const Chunks<double> chunks(count, matrix_.cols);
+    const int threads = block_threads(count);
+    const auto load = wide.load[static_cast<int>(matrix_.dtype)];
+    Gram partial(std::max<std::int64_t>(chunks.tasks, 1) * count * count);
+    Buffer<double> scratch(threads * count * chunks.pitch);
+    parallel_for(chunks.tasks, threads, [&](std::int64_t task, int thread) {
+      double* gram = partial.data() + task * count * count;
+      double* rows = scratch.data() + thread * count * chunks.pitch;
+      std::fill(gram, gram + count * count, 0.0);
+      chunks.for_each(task, [&](std::int64_t at, std::int64_t columns) {
+        const std::int64_t padded = ceil_div(columns, wide.panel) * wide.panel;
+        for (std::int64_t row = 0; row < count; ++row) {
+          double* to = rows + row * chunks.pitch;
+          load(matrix_.at(start + row, at), matrix_.col_stride, columns, to);
+          std::fill(to + columns, to + padded, 0.0);
+        }
+        wide.add_row_products(count, rows, chunks.pitch, padded, gram);
+      });
     });
-    for (std::int64_t task = 1; task < chunks; ++task) {
-      for (std::int64_t i = 0; i < size; ++i) partial[i] += partial[task * size + i];
-    }
-    if (chunks == 0) std::fill(partial.data(), partial.data() + size, 0.0);
+    add_up(chunks.tasks, count, partial);
     return partial;
   }
 
-  // Rows [to, to + kept) = the combination of rows [start, start + count); to <= start.
-  void combine(std::int64_t start, std::int64_t count, const Combination& combination, std::int64_t to) {
-    const auto found = static_cast<std::int64_t>(combination.kept.size());
-    if (found == 0) return;
-    const std::int64_t p = kernels_.panel, panels = ceil_div(found, p), width = ceil_div(kColumns, p) * p;
-    const int threads = block_threads(count);
-    Buffer<T> weights(panels * p * count);  // panels [depth = row][lane = result]
-    for (std::int64_t lane = 0; lane < panels * p; ++lane) {
-      T* out = weights.data() + lane / p * count * p + lane % p;
-      for (std::int64_t j = 0; j < count; ++j) {
-        out[j * p] =
-            lane < found ? static_cast<T>(combination.weights[static_cast<std::size_t>(lane * count + j)]) : T(0);
+  // Rows [to, to + order) = L^-1 times those of rows [start, ...) that the factor keeps; to <= start.  Their Gram matrix
+  // is added up on the way where the caller wants it: in T within a chunk, which serves rows close to orthonormal.
+  void substitute(std::int64_t start, std::int64_t count, const Factor& factor, std::int64_t to, Gram* gram) const {
+    const std::int64_t order = factor.order(), q = kernels_.strip, padded_order = ceil_div(order, q) * q;
+    if (order == 0) return;
+    const Chunks<T> chunks(padded_order, matrix_.cols);
+    const int threads = block_threads(order);
+    Buffer<T> strips(padded_order * padded_order), scratch(threads * padded_order * chunks.pitch);
+    for (std::int64_t i = 0; i < padded_order; ++i) {
+      for (std::int64_t d = 0; d < padded_order; ++d) {
+        const double element = i >= order ? static_cast<double>(i == d)
+                                          : factor.lower[static_cast<std::size_t>(i * count + std::min(d, i))];
+        strips[i / q * q * padded_order + d * q + i % q] = d <= i ? static_cast<T>(element) : T(0);
       }
     }
-    Buffer<T> packed(threads * count * width), product(threads * p * width), line(threads * kColumns);
-    parallel_for(ceil_div(rows_.length(), kColumns), threads, [&](std::int64_t task, int thread) {
-      const std::int64_t at = task * kColumns, columns = std::min(kColumns, rows_.length() - at);
-      T* source = packed.data() + thread * count * width;
-      T* out = product.data() + thread * p * width;
-      T* scratch = line.data() + thread * kColumns;
-      for (std::int64_t row = 0; row < count; ++row) {
-        const T* values = rows_.read(kernels_, start + row, at, columns, scratch);
-        for (std::int64_t j = 0; j < columns; j += p) {
-          T* panel = source + j * count + row * p;
-          const std::int64_t lanes = std::min(p, columns - j);
-          std::copy(values + j, values + j + lanes, panel);
-          std::fill(panel + lanes, panel + p, T(0));
+    std::fill(scratch.data(), scratch.data() + threads * padded_order * chunks.pitch, T(0));
+    if (gram != nullptr) *gram = Gram(std::max<std::int64_t>(chunks.tasks, 1) * order * order);
+    parallel_for(chunks.tasks, threads, [&](std::int64_t task, int thread) {
+      T* rows = scratch.data() + thread * padded_order * chunks.pitch;
+      double* sums = gram != nullptr ? gram->data() + task * order * order : nullptr;
+      if (sums != nullptr) std::fill(sums, sums + order * order, 0.0);
+      chunks.for_each(task, [&](std::int64_t at, std::int64_t columns) {
+        const std::int64_t padded = ceil_div(columns, kernels_.panel) * kernels_.panel;
+        for (std::int64_t i = 0; i < order; ++i) {
+          T* row = rows + i * chunks.pitch;
+          load(start + factor.kept[static_cast<std::size_t>(i)], at, columns, row);
+          std::fill(row + columns, row + padded, T(0));
         }
-      }
-      for (std::int64_t i = 0; i < panels; ++i) {
-        const std::int64_t results = std::min(p, found - i * p);
-        // The last row that a panel of the triangle weighs.
-        const std::int64_t depth = combination.kept[static_cast<std::size_t>(i * p + results - 1)] + 1;
-        std::fill(out, out + p * width, T(0));
-        for (std::int64_t j = 0; j < columns; j += p) {
-          kernels_.update(depth, weights.data() + i * count * p, source + j * count, T(1), p, p, p, out + j, width);
+        kernels_.substitute_rows(padded_order, strips.data(), rows, chunks.pitch, padded);
+        for (std::int64_t i = 0; i < order; ++i) {
+          T* row = rows + i * chunks.pitch;
+          kernels_.store[static_cast<int>(matrix_.dtype)](row, columns, matrix_.at(to + i, at), matrix_.col_stride);
+          if (sums != nullptr && matrix_.dtype != kNative<T>) load(to + i, at, columns, row);  // as it is stored
         }
-        for (std::int64_t r = 0; r < results; ++r) write(to + i * p + r, at, columns, out + r * width);
-      }
+        if (sums != nullptr) kernels_.add_row_products(order, rows, chunks.pitch, padded, sums);
+      });
     });
+    if (gram != nullptr) add_up(chunks.tasks, order, *gram);
   }
 
-  void write(std::int64_t row, std::int64_t at, std::int64_t count, const T* values) {
-    if (T* direct = rows_.in_place<T>(row, at)) {
-      std::copy(values, values + count, direct);
-    } else {
-      rows_.write(kernels_, row, at, count, values);
+  void load(std::int64_t row, std::int64_t at, std::int64_t columns, T* to) const {
+    kernels_.load[static_cast<int>(matrix_.dtype)](matrix_.at(row, at), matrix_.col_stride, columns, to);
+  }
+
+  // The sum of the tasks' matrices, in the place of the first.
+  static void add_up(std::int64_t tasks, std::int64_t order, const Gram& partial) {
+    const std::int64_t size = order * order;
+    if (tasks == 0) std::fill(partial.data(), partial.data() + size, 0.0);
+    for (std::int64_t task = 1; task < tasks; ++task) {
+      for (std::int64_t i = 0; i < size; ++i) partial[i] += partial[task * size + i];
     }
   }
 
@@ -318,12 +354,12 @@ class Orthonormalizer {
   const isa::Kernels<T>& kernels_;
   TensorView vectors_;
   RowsView rows_;
+  MatrixView matrix_;
   std::optional<TensorView> basis_;
   double rtol_;
   int threads_, row_threads_;
   std::int64_t tasks_;
   Buffer<double> partial_;
-  std::int64_t chunk_;
   Buffer<T> scratch_;
 };
 

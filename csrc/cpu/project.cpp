@@ -5,8 +5,9 @@
 // Bytes moved  Few vectors: grads read twice and written once, basis read twice in its own dtype, both the minimum for a
 //              dot product of the whole that must be finished before it is used.  Many vectors: groups of rows read the
 //              basis twice each, against 2 * rank multiply-adds an element.
-// Bound        Few vectors: reading the basis.  Zen 3, one core, rank 64: 16 GB/s of the 17 GB/s that a plain read of
-//              memory gets (2 M elements, float32), 60 GB/s from the second-level cache (bfloat16: 32).
+// Bound        Few vectors: reading the basis.  Zen 3, one thread under load, float32: 15-17 GB/s from memory, where a
+//              plain read reached 16.4-16.7; 55 GB/s from the third-level cache (a basis of 2 MB) and 44 from the second
+//              (256 KB).  bfloat16: 31-35 and 24 GB/s.
 // Design       Two loops, chosen by shape.  Few vectors or a small basis: eight rows of the basis at a time meet a block
 //              of the vector that stays in a cache; 16-bit rows are widened in registers.  The second pass goes
 //              backwards and starts on what the first one left in the caches.  Many vectors and a large basis: two

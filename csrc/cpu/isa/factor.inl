@@ -30,11 +30,12 @@ void multiply_strips(std::int64_t depth, std::int64_t count, const T* strips, st
   }
 }
 
-// kRows rows of a forward substitution.  `x` holds their right-hand sides and, in the `before` rows above, what is
-// solved; element [i][d] of the factor is factor[d * pitch + i].
+// kRows rows of a forward substitution, a panel wide and `p` elements apart.  `x` holds their right-hand sides and, in
+// the `before` rows above, what is solved; element [i][d] of the factor is factor[d * pitch + i].
 template <class T, int kRows>
-HPA_INLINE void solve_rows(std::int64_t before, const T* factor, std::int64_t pitch, T* x) {
-  constexpr std::int64_t p = kPanel<T>, w = Vector<T>::width;
+HPA_INLINE void solve_rows(std::int64_t before, const T* factor, std::int64_t pitch, T* x,
+                           std::int64_t p = kPanel<T>) {
+  constexpr std::int64_t w = Vector<T>::width;
   V<T> sum[kRows][kAcross];
   for (int i = 0; i < kRows; ++i)
     for (int v = 0; v < kAcross; ++v) sum[i][v] = read(x + i * p + v * w);

@@ -103,6 +103,12 @@ struct Kernels {
   // A group of lanes from panels to strips, both with room for `capacity` depths of which `depth` are copied.
   void (*panels_to_strips)(std::int64_t depth, std::int64_t capacity, const T* panels, T* strips);
 
+  // ---- A few long rows, `pitch` elements apart; `length` is a multiple of `panel`. ----
+  // gram[i][j] += <row i, row j> for j <= i; gram [count][count].  Products are summed in T by lane, lanes in double.
+  void (*add_row_products)(std::int64_t count, const T* rows, std::int64_t pitch, std::int64_t length, double* gram);
+  // rows = L^-1 rows by forward substitution, L lower triangular of order `count` in strips.
+  void (*substitute_rows)(std::int64_t count, const T* strips, T* rows, std::int64_t pitch, std::int64_t length);
+
   Product<T, T> product;
 };
 

@@ -29,6 +29,7 @@ namespace {
 #include "streams.inl"
 #include "panels.inl"
 #include "factor.inl"
+#include "row_products.inl"
 
 template <class T>
 constexpr Kernels<T> make_kernels() {
@@ -55,6 +56,8 @@ constexpr Kernels<T> make_kernels() {
       solve_corner<T>,
       transpose_square<T>,
       panels_to_strips<T>,
+      add_row_products<T>,
+      substitute_rows<T>,
       make_product<T>(),
   };
 }

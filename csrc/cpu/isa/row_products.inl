@@ -1,0 +1,100 @@
+// Gram matrices of rows, and triangular systems whose unknowns are rows (orthonormalize_).  Part of kernels.inl, which
+// says how.
+//
+// The rows are many times longer than there are of them, and lie `pitch` elements apart in a cache.  Vectors run along
+// the rows, so nothing is packed; lengths are multiples of kPanel, padded with zeros.
+
+// Rows of the two sides of a tile of products: as many sums as a tile of panels.inl has.
+constexpr int kTall = HPA_TILE_VECTORS;
+constexpr int kWide = HPA_TILE_ROWS;
+
+// Tiles of a block of products, whose rows and sums stay in a first-level cache of 32 KB, kSpan elements at a time.
+constexpr int kTallTiles = 4;
+constexpr int kWideTiles = 3;
+template <class T>
+constexpr std::int64_t kSpan = 24576 / ((kTall * kTallTiles + kWide * kWideTiles) * static_cast<int>(sizeof(T))) /
+                               kPanel<T> * kPanel<T>;
+
+// Sums of a block: element [i][j] of a tile is still one sum a lane.
+template <class T>
+using RowTile = V<T>[kTall][kWide];
+
+template <class T>
+HPA_INLINE void add_tile_products(const T* const tall[kTall], const T* const wide[kWide], std::int64_t from,
+                                  std::int64_t to, RowTile<T>& tile) {
+  constexpr std::int64_t w = Vector<T>::width;
+  V<T> sum[kTall][kWide];
+#pragma GCC unroll 16
+  for (int i = 0; i < kTall; ++i) {
+#pragma GCC unroll 16
+    for (int j = 0; j < kWide; ++j) sum[i][j] = tile[i][j];
+  }
+#pragma GCC unroll 2
+  for (std::int64_t at = from; at < to; at += w) {
+    V<T> a[kTall];
+#pragma GCC unroll 16
+    for (int i = 0; i < kTall; ++i) a[i] = read(tall[i] + at);
+#pragma GCC unroll 16
+    for (int j = 0; j < kWide; ++j) {
+      const V<T> b = read(wide[j] + at);
+#pragma GCC unroll 16
+      for (int i = 0; i < kTall; ++i) sum[i][j] += a[i] * b;
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < kTall; ++i) {
+#pragma GCC unroll 16
+    for (int j = 0; j < kWide; ++j) tile[i][j] = sum[i][j];
+  }
+}
+
+// Lanes in double, as lanes_sum, but widened as vectors.
+HPA_INLINE double wide_lanes_sum(V<double> value) { return lanes_sum<double>(value); }
+HPA_INLINE double wide_lanes_sum(V<float> value) {
+  V<double> wide[2];
+  widen_floats(value, wide);
+  return lanes_sum<double>(wide[0] + wide[1]);
+}
+
+template <class T>
+void add_row_products(std::int64_t count, const T* rows, std::int64_t pitch, std::int64_t length, double* gram) {
+  for (std::int64_t top = 0; top < count; top += kTall * kTallTiles) {
+    for (std::int64_t left = 0; left < count && left < top + kTall * kTallTiles; left += kWide * kWideTiles) {
+      RowTile<T> tiles[kTallTiles][kWideTiles] = {};
+      for (std::int64_t from = 0; from < length; from += kSpan<T>) {
+        const std::int64_t to = from + kSpan<T> < length ? from + kSpan<T> : length;
+        for (int s = 0; s < kTallTiles; ++s) {
+          const std::int64_t i = top + s * kTall;
+          // Rows past the end are read as the last one and their sums left where they are.
+          const T *tall[kTall], *wide[kWide];
+          for (int r = 0; r < kTall; ++r) tall[r] = rows + (i + r < count ? i + r : count - 1) * pitch;
+          for (int t = 0; t < kWideTiles; ++t) {
+            const std::int64_t j = left + t * kWide;
+            if (i >= count || j >= count || j >= i + kTall) break;
+            for (int r = 0; r < kWide; ++r) wide[r] = rows + (j + r < count ? j + r : count - 1) * pitch;
+            add_tile_products<T>(tall, wide, from, to, tiles[s][t]);
+          }
+        }
+      }
+      for (int s = 0; s < kTallTiles; ++s) {
+        for (int t = 0; t < kWideTiles; ++t) {
+          for (int r = 0; r < kTall; ++r) {
+            for (int c = 0; c < kWide; ++c) {
+              const std::int64_t i = top + s * kTall + r, j = left + t * kWide + c;
+              if (i < count && j <= i) gram[i * count + j] += wide_lanes_sum(tiles[s][t][r][c]);
+            }
+          }
+        }
+      }
+    }
+  }
+}
+
+template <class T>
+void substitute_rows(std::int64_t count, const T* strips, T* rows, std::int64_t pitch, std::int64_t length) {
+  for (std::int64_t at = 0; at < length; at += kPanel<T>) {
+    for (std::int64_t row = 0; row < count; row += kDown) {
+      solve_rows<T, kDown>(row, strips + row * count, kDown, rows + row * pitch + at, pitch);
+    }
+  }
+}
