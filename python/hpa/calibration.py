@@ -25,7 +25,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal, Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,7 @@ from hpa.layers import InputStatistics, clean_name
 __all__ = [
     "CalibrationStream",
     "CalibrationWarning",
+    "Exchange",
     "LayerSpec",
     "calibrate",
     "find_layers",
@@ -179,8 +180,15 @@ class CalibrationStream:
         config: CalibrationConfig | None = None,
         context: Callable[[], AbstractContextManager[Any]] = nullcontext,
         label: str = "batches",
+        experts: bool = False,
+        exchange: Exchange | None = None,
     ) -> None:
-        """``context`` surrounds every forward pass (to switch adapters off); ``label`` names the set in errors."""
+        """``context`` surrounds every forward pass (to switch adapters off); ``label`` names the set in errors.
+
+        ``experts``: also the inputs of experts that a model keeps in one tensor, as entries of their own named
+        ``<experts module>.<number>.in`` (gate and up) and ``.out`` (down).  ``exchange`` sums over the processes that
+        have each a part of the samples.
+        """
         self.config = CalibrationConfig() if config is None else config
         self.model = unwrap(model)
         self.want = frozenset(want)
@@ -196,7 +204,13 @@ class CalibrationStream:
         self._layers: dict[int, dict[str, nn.Linear]] = {}
         for spec in layers:
             self._layers.setdefault(spec.block, {})[spec.name] = _resolve(self.model, spec.name)
-        self._blocks = [module for _, module in _decoder_blocks(self.model, self.config.blocks)]
+        self._exchange = exchange
+        members = _decoder_blocks(self.model, self.config.blocks)
+        self._blocks = [module for _, module in members]
+        self._experts: dict[int, dict[str, nn.Module]] = {}
+        for number, (path, module) in enumerate(members, start=1):
+            if experts and number in self._layers:
+                self._experts[number] = {f"{path}.{name}": child for name, child in _fused_experts(module)}
         if max(self._layers) > len(self._blocks):
             raise ValueError(f"layers: block {max(self._layers)} is named, but the decoder has {len(self._blocks)}")
         self._batches = [self._prepared(batch, index) for index, batch in enumerate(batches)]
@@ -299,7 +313,12 @@ class CalibrationStream:
             yield
             return
         collector = self._collectors[number] = _Collector(
-            self._layers[number], self.want, self.config, masked=number > 0
+            self._layers[number],
+            self.want,
+            self.config,
+            masked=number > 0,
+            experts=self._experts.get(number, {}),
+            exchange=self._exchange,
         )
         collector.expected_tokens = self._expected_tokens()
         with collector.hooks():
@@ -439,9 +458,18 @@ class _Collector:
     """Gram matrices (or few activations) of the layers of one block, one for each distinct input."""
 
     def __init__(
-        self, layers: Mapping[str, nn.Linear], want: frozenset[str], config: CalibrationConfig, *, masked: bool
+        self,
+        layers: Mapping[str, nn.Linear],
+        want: frozenset[str],
+        config: CalibrationConfig,
+        *,
+        masked: bool,
+        experts: Mapping[str, nn.Module],
+        exchange: Exchange | None,
     ) -> None:
         self.layers = layers
+        self.experts = experts
+        self._exchange = exchange
         self.want = want
         self.config = config
         self.expected_tokens: int | None = None
@@ -459,6 +487,10 @@ class _Collector:
     def hooks(self) -> Iterator[None]:
         handles = [
             layer.register_forward_pre_hook(self._hook(name), with_kwargs=True) for name, layer in self.layers.items()
+        ]
+        handles += [
+            module.register_forward_pre_hook(self._experts_hook(name), with_kwargs=True)
+            for name, module in self.experts.items()
         ]
         try:
             yield
@@ -487,9 +519,13 @@ class _Collector:
             return
         self._latest[name] = (x, _version(x))
         tokens, samples = self._counted(name, x)
+        self._sum_of(name, x).add(tokens, samples)
+
+    def _sum_of(self, name: str, x: Tensor) -> _InputSum:
         if name not in self._sums:
             low_rank = (
-                self.want == {"diagonal"}
+                self._exchange is None
+                and self.want == {"diagonal"}
                 and self.config.diag_mode == "exact"
                 and self._masked
                 and self.expected_tokens is not None
@@ -497,7 +533,39 @@ class _Collector:
             )
             wide = torch.float64 if x.dtype == torch.float64 else getattr(torch, self.config.gram_dtype)
             self._sums[name] = _InputSum(x.shape[-1], x.device, wide, low_rank)
-        self._sums[name].add(tokens, samples)
+        return self._sums[name]
+
+    def _experts_hook(self, name: str) -> Callable[..., None]:
+        def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            hidden, chosen = (*args, *kwargs.values())[:2]
+            self._see_experts(name, cast(Any, module), hidden.reshape(-1, hidden.shape[-1]), chosen)
+
+        return see
+
+    def _see_experts(self, name: str, module: Any, hidden: Tensor, chosen: Tensor) -> None:
+        """Each expert is fed the tokens that the router sends to it; what its last matrix is fed is computed here."""
+        assert self._batch is not None
+        counted = torch.ones(hidden.shape[0], dtype=torch.bool, device=hidden.device)
+        if self._batch.mask is not None:
+            counted = self._batch.mask.reshape(-1).to(hidden.device)
+        chosen = chosen.reshape(hidden.shape[0], -1)
+        sequences = self._batch.shape[0] if self._batch.shape is not None else 1
+        samples = torch.arange(hidden.shape[0], device=hidden.device) // max(1, hidden.shape[0] // sequences)
+        for expert in range(module.gate_up_proj.shape[0]):
+            mine = (chosen == expert).any(dim=1) & counted
+            rows = hidden[mine]
+            seen = len(samples[mine].unique())
+            self._sum_of(f"{name}.{expert}.in", hidden).add(rows, seen)
+            width = module.down_proj.shape[2]
+            inner = hidden.new_zeros(0, width)
+            if len(rows):
+                both = nn.functional.linear(rows, module.gate_up_proj[expert])
+                if hasattr(module, "_apply_gate"):
+                    inner = module._apply_gate(both)
+                else:
+                    gate, up = both.chunk(2, dim=-1)
+                    inner = module.act_fn(gate) * up
+            self._sum_of(f"{name}.{expert}.out", inner).add(inner, seen)
 
     def _counted(self, name: str, x: Tensor) -> tuple[Tensor, int]:
         """The counted rows of ``x`` as ``[tokens, cols]``, and how many samples they come from."""
@@ -517,6 +585,8 @@ class _Collector:
 
     def statistics(self) -> dict[str, InputStatistics]:
         """One entry a layer; layers of one group share the object.  The sums are freed on the way."""
+        if self._exchange is not None:
+            return self._exchanged(self._exchange)
         done: dict[str, InputStatistics] = {}
         for name in self.layers:
             group = self._group.get(name, name)
@@ -528,7 +598,45 @@ class _Collector:
                     else total.statistics(group, self.want, self.config)
                 )
             done[name] = done[group]
-        return {name: done[name] for name in self.layers}
+        entries = {name: done[name] for name in self.layers}
+        for name in list(self._sums):  # what is left are the inputs of experts
+            entries[name] = self._sums.pop(name).statistics(name, self.want, self.config)
+        return entries
+
+    def _exchanged(self, exchange: Exchange) -> dict[str, InputStatistics]:
+        """The same over all processes' samples: each input's sums go to one process, which does the rest."""
+        mine = {
+            name: (total.tokens, total.samples, total.gram.shape[0], str(total.gram.dtype).removeprefix("torch."))
+            for name, total in self._sums.items()
+            if total.gram is not None
+        }
+        told = exchange.gather((dict(self._group), mine))
+        group: dict[str, str] = {}
+        counts: dict[str, tuple[int, int, int, str]] = {}
+        for groups, sums in told:
+            group = groups | group
+            for name, (tokens, samples, cols, dtype) in sums.items():
+                before = counts.get(name, (0, 0, cols, dtype))
+                counts[name] = (before[0] + tokens, before[1] + samples, cols, dtype)
+        done: dict[str, InputStatistics] = {}
+        for index, name in enumerate(sorted(counts)):
+            tokens, samples, cols, dtype = counts[name]
+            own = self._sums.pop(name, None)
+            gram = own.gram if own is not None else None
+            if gram is None:
+                gram = torch.zeros(cols, cols, dtype=getattr(torch, dtype))
+            owner = index % exchange.size
+            exchange.sum_to(owner, gram)
+            if exchange.rank == owner:
+                total = _InputSum(cols, gram.device, gram.dtype, low_rank=False)
+                total.gram, total.tokens, total.samples = gram, tokens, samples
+                done[name] = total.statistics(name, self.want, self.config)
+        done = exchange.merge(done)
+        entries = {
+            name: done.get(group.get(name, name), InputStatistics(input_key=group.get(name, name), zero=True))
+            for name in self.layers
+        }
+        return entries | {name: seen for name, seen in done.items() if name not in set(group.values())}
 
 
 class _InputSum:
@@ -587,6 +695,37 @@ class _InputSum:
             zero=zero,
             damping=float(info["damping"]),
         )
+
+
+class Exchange(Protocol):
+    """What processes that share the samples of a set do with their sums (:mod:`hpa.checkpoint.distributed`)."""
+
+    rank: int
+    size: int
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every process's value, in the order of their ranks."""
+
+    def sum_to(self, owner: int, gram: Tensor) -> None:
+        """Add all processes' matrices in the owner's, in place."""
+
+    def merge(self, parts: dict[str, InputStatistics]) -> dict[str, InputStatistics]:
+        """All processes' entries together, at least in process 0."""
+
+
+def _fused_experts(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules that hold all experts in two tensors, ``gate_up_proj [experts, 2 inner, cols]`` and
+    ``down_proj [experts, cols, inner]``."""
+    for name, module in block.named_modules():
+        first, last = (getattr(module, key, None) for key in ("gate_up_proj", "down_proj"))
+        if (
+            isinstance(first, Tensor)
+            and isinstance(last, Tensor)
+            and first.ndim == last.ndim == 3
+            and first.shape[1] == 2 * last.shape[2]
+            and first.shape[2] == last.shape[1]
+        ):
+            yield name, module
 
 
 def _without_ones(shape: torch.Size) -> list[int]:

@@ -1,5 +1,7 @@
 """The command ``hpa``.
 
+    hpa adapt BEFORE AFTER ...    two checkpoints in, one safe checkpoint out
+    hpa calibrate, inspect, compare, sweep     its steps, each alone
     hpa run recipes/demo.yaml     a model through a sequence of tasks, by every method of the recipe
     hpa report runs/demo          its table and its page again
     hpa methods                   the methods and their options
@@ -21,6 +23,14 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from hpa.checkpoint_commands import (
+    adapt_command,
+    calibrate_command,
+    compare_command,
+    inspect_command,
+    sweep_command,
+)
+
 if TYPE_CHECKING:
     from hpa.continual import Session
     from hpa.recipe import RunConfig
@@ -35,6 +45,11 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+app.command("adapt")(adapt_command)
+app.command("calibrate")(calibrate_command)
+app.command("inspect")(inspect_command)
+app.command("compare")(compare_command)
+app.command("sweep")(sweep_command)
 _out = Console()
 _err = Console(stderr=True)
 
@@ -203,9 +218,20 @@ def _is_users(error: Exception) -> bool:
     if isinstance(error, _UserError):
         return True
     # Only a command that got as far as importing these can have raised them.
-    recipe, storage = sys.modules.get("hpa.recipe"), sys.modules.get("hpa.storage")
-    kinds = [vars(module)[name] for module, name in ((recipe, "RecipeError"), (storage, "RunFolderError")) if module]
-    return isinstance(error, tuple(kinds))
+    for module, kinds in _USERS_ERRORS.items():
+        if module in sys.modules and isinstance(error, tuple(vars(sys.modules[module])[kind] for kind in kinds)):
+            return True
+    # In a command on checkpoints, what a value or the disk is wrong with is said by the error itself.
+    return "hpa.checkpoint" in sys.modules and type(error) in (ValueError, OSError)
+
+
+_USERS_ERRORS = {
+    "hpa.recipe": ("RecipeError",),
+    "hpa.storage": ("RunFolderError",),
+    "hpa.checkpoint.files": ("CheckpointError",),
+    "hpa.data.files": ("DataError",),
+    "hpa_ext": ("FactorizationError",),
+}
 
 
 def _narrowed(config: RunConfig, jobs: int | None, seeds: str | None, only: list[str] | None) -> RunConfig:

@@ -16,6 +16,7 @@ from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError
 __all__ = ["AdaptConfig", "CalibrationConfig", "ColumnConfig", "HessianSource", "validated"]
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
+ColumnsT = TypeVar("ColumnsT", bound="ColumnConfig")
 
 
 class HessianSource(BaseModel):
@@ -105,6 +106,11 @@ class ColumnConfig(BaseModel):
         description="D14: score and edit LoRA factors exactly; false merges them in the storage dtype first, "
         "as scripts that work on merged checkpoints do",
     )
+
+    def at_strength(self: ColumnsT, strength: float) -> ColumnsT:
+        """These options with ``strength`` times as many columns kept (at most all)."""
+        shares = {name: min(100.0, getattr(self, name) * strength) for name in ("p_max", "p_min")}
+        return self.model_copy(update=shares)
 
     def share(self, block: int, blocks: int) -> float:
         """Percent of columns kept in decoder block ``block``, 1-based, of ``blocks`` (METHOD 1.4, D7).

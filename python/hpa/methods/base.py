@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import ClassVar
@@ -9,6 +10,7 @@ from typing import ClassVar
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
+from hpa.config import ColumnConfig
 from hpa.layers import InputStatistics, LayerChange, LayerEdit, LowRankUpdate
 
 __all__ = [
@@ -54,6 +56,22 @@ class Method(ABC):
         if not isinstance(config, self.Config):
             raise TypeError(f"config: expected {self.Config.__name__}, got {type(config).__name__}")
         self.config = config
+
+    def at_strength(self, strength: float) -> Method:
+        """A fresh object of this method that holds an update back ``strength`` times as much; 1 is its own setting.
+
+        What that means is the method's: by default the share of columns put back, where it has one.
+
+        Raises:
+            ValueError: a strength that is not positive, or a method that has none to set.
+        """
+        if not (strength > 0 and math.isfinite(strength)):
+            raise ValueError(f"strength: expected a positive number, got {strength}")
+        if strength == 1:
+            return type(self)(self.config)
+        if not isinstance(self.config, ColumnConfig):
+            raise ValueError(f"strength: method '{self.name}' has none to set, got {strength}")
+        return type(self)(self.config.at_strength(strength))
 
     @abstractmethod
     def edit_layer(

@@ -86,6 +86,12 @@ class HPALeastSquares(Method):
         self._pending: dict[str, Tensor] = {}  # this task's Gram matrices, packed
         self._filter: _Filter | None = None
 
+    def at_strength(self, strength: float) -> HPALeastSquares:
+        """The weight ``mu`` of the new task over ``strength``."""
+        if not (strength > 0 and math.isfinite(strength)):
+            raise ValueError(f"strength: expected a positive number, got {strength}")
+        return type(self)(self.config.model_copy(update={"mu": self.config.mu / strength}))
+
     def edit_layer(
         self,
         change: LayerChange,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, cast
 
 import torch
 from pydantic import BaseModel, Field
@@ -49,6 +49,15 @@ class Scale(Method):
             own = set(ScaleConfig.model_fields) - set(AdaptConfig.model_fields)
             self._matched = HPA(AdaptConfig(**self.config.model_dump(exclude=own)))
             self.needs = self._matched.needs
+
+    def at_strength(self, strength: float) -> Scale:
+        """The shrinkage ``1 - factor`` times ``strength`` where the factor is given, else that of the matched edit."""
+        if self.config.factor is None or strength == 1:
+            return type(self)(cast(Scale, super().at_strength(strength)).config)
+        if not (strength > 0 and math.isfinite(strength)):
+            raise ValueError(f"strength: expected a positive number, got {strength}")
+        factor = max(0.0, 1.0 - (1.0 - self.config.factor) * strength)
+        return type(self)(self.config.model_copy(update={"factor": factor}))
 
     def edit_layer(
         self,

@@ -1,0 +1,593 @@
+"""The whole job of ``hpa adapt``: two checkpoints in, one edited checkpoint out (DESIGN 5).
+
+The output grows in a hidden folder beside its place, file by file, and is renamed when its manifest is written.  The
+same command, run again, goes on where a killed one stopped; run at the same time on any machine that sees the folder,
+it helps.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from pathlib import Path
+from typing import Any, Literal, Protocol
+
+import torch
+
+import hpa_ext
+from hpa.checkpoint.adapter import Adapter
+from hpa.checkpoint.calibrate import CalibrationJob, calibrate_checkpoint
+from hpa.checkpoint.card import write_card, write_report
+from hpa.checkpoint.claims import ClaimLostError, Claims
+from hpa.checkpoint.files import INDEX_FILE, CheckpointError, Folder, read_tensor
+from hpa.checkpoint.memory import Memory, write_memory
+from hpa.checkpoint.merge import Editor, ShardResult, write_shard
+from hpa.checkpoint.names import find_decoder
+from hpa.checkpoint.plan import Plan, Shard, elements, make_plan, model_fingerprint, model_layers
+from hpa.checkpoint.statistics import Statistics
+from hpa.checkpoint.stream import hash_file
+from hpa.methods import Method
+from hpa.storage import write_file
+
+__all__ = [
+    "MANIFEST",
+    "Job",
+    "JobResult",
+    "Listener",
+    "adapt_checkpoint",
+    "check_files",
+    "editor_of",
+    "plan_job",
+    "prepare",
+]
+
+MANIFEST = "hpa-manifest.json"
+MEMORY = "hpa-memory.safetensors"
+TOKENIZER_FILES = ("tokenizer", "special_tokens", "added_tokens", "chat_template", "vocab", "merges")
+
+
+class Listener(Protocol):
+    """Told of what happens."""
+
+    def total(self, size: int) -> None:
+        """Bytes to write in all."""
+
+    def wrote(self, size: int) -> None:
+        """Bytes written, or found written."""
+
+    def block(self, done: int, blocks: int) -> None:
+        """Decoder blocks calibrated."""
+
+    def say(self, text: str) -> None:
+        """A line for people."""
+
+
+class _Silent:
+    def total(self, size: int) -> None:
+        return
+
+    wrote = total
+
+    def block(self, done: int, blocks: int) -> None:
+        return
+
+    def say(self, text: str) -> None:
+        return
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is asked for.
+
+    Attributes:
+        before: folder of the model before the task.
+        after: folder of the model after it, or of a LoRA adapter of ``before``.
+        out: folder to make.
+        method: with its options, at its strength.
+        statistics: statistics files, by role.
+        calibrations: how to make those that are not given, by role; their ``out`` is not looked at.
+        memory: memory of past tasks, from an earlier output.
+        aligned: folder of the aligned model, where kept columns return to it.
+        skip: patterns of layers to leave as the task made them.
+        save_as: a whole model, or the adapter again.
+        task_index, seed: for methods that draw.
+        max_memory: bytes that the job may hold besides the program itself.
+        any_statistics: take statistics of other models too.
+    """
+
+    before: Path
+    after: Path
+    out: Path
+    method: Method
+    statistics: dict[str, Path] = field(default_factory=dict)
+    calibrations: dict[str, CalibrationJob] = field(default_factory=dict)
+    memory: Path | None = None
+    aligned: Path | None = None
+    skip: tuple[str, ...] = ()
+    save_as: Literal["full", "lora"] = "full"
+    task_index: int = 0
+    seed: int = 0
+    max_memory: int = 2 << 30
+    any_statistics: bool = False
+
+
+@dataclass(frozen=True)
+class JobResult:
+    """What was done.
+
+    Attributes:
+        out: the finished folder.
+        edits: one dictionary a layer.
+        was_there: the folder had been finished by the same job before.
+        seconds: wall clock of this run.
+    """
+
+    out: Path
+    edits: list[dict[str, Any]]
+    was_there: bool
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A job's inputs, read and checked as far as headers go."""
+
+    before: Folder
+    after: Folder
+    adapter: Adapter | None
+    statistics: dict[str, Statistics]
+    memory: Memory | None
+    plan: Plan
+
+
+def plan_job(job: Job) -> Plan:
+    """What would happen to every tensor; nothing is written.
+
+    Raises:
+        CheckpointError: whatever would stop the job, as far as headers show it.
+    """
+    return prepare(job).plan
+
+
+def adapt_checkpoint(job: Job, listener: Listener | None = None) -> JobResult:
+    """Do the job, or what an earlier or another run left of it.
+
+    Raises:
+        CheckpointError: inputs that cannot be used, or an output folder of another job.
+        ValueError: numbers that are not finite, in the layer named.
+        OSError: a full disk and its like; the same call goes on once there is room.
+    """
+    start = time.perf_counter()
+    listener = _Silent() if listener is None else listener
+    out = job.out.absolute()
+    _refuse_place(out, job)
+    first = prepare(job)
+    identity = _identity(job, first)
+    if out.exists() and not _is_empty(out):
+        return JobResult(out, _finished(out, identity), True, time.perf_counter() - start)
+    stage = out.parent / f".{out.name}.hpa-part"
+    _open_stage(stage, identity)
+    claims = Claims(stage / "work" / "claims")
+    try:
+        made = _calibrated(job, stage / "work", claims, listener)
+        prepared = first if made is job else prepare(made)
+        listener.total(prepared.plan.output_size)
+        _check_room(stage, prepared, job)
+        _write_shards(job, prepared, stage, claims, listener)
+        _finish(job, prepared, stage, out, claims, identity, listener)
+    except FileNotFoundError:
+        # Another worker has renamed the stage away, finished.
+        if stage.exists() or not (out / MANIFEST).is_file():
+            raise
+    return JobResult(out, _finished(out, identity), False, time.perf_counter() - start)
+
+
+def _calibrated(job: Job, work: Path, claims: Claims, listener: Listener) -> Job:
+    """The job with statistics files in place of what is to be calibrated."""
+    wanted = _wanted(job)
+    statistics = dict(job.statistics)
+    for role, calibration in job.calibrations.items():
+        if role in statistics or role not in wanted:
+            continue
+        path = work / f"statistics-{role}.safetensors"
+        while not path.exists():
+            with claims.hold(path.name) as confirm:
+                if confirm is None:
+                    time.sleep(0.2)
+                elif not path.exists():
+                    listener.say(f"calibrating on the {role} set")
+                    calibrate_checkpoint(replace(calibration, out=path, want=wanted[role]), listener.block)
+        statistics[role] = path
+    return job if statistics == job.statistics else replace(job, statistics=statistics)
+
+
+def _wanted(job: Job) -> dict[str, frozenset[str]]:
+    """What the method reads of each set."""
+    wanted: dict[str, frozenset[str]] = {}
+    for need in sorted(job.method.needs):
+        role, _, kind = need.partition("_")
+        wanted[role] = wanted.get(role, frozenset()) | {kind}
+    return wanted
+
+
+def prepare(job: Job) -> Prepared:
+    """Read and check everything but the numbers."""
+    before, after = Folder(job.before, "BEFORE"), Folder(job.after, "AFTER")
+    if before.is_adapter:
+        raise CheckpointError(f"BEFORE: {job.before} is an adapter; expected the model that it stands on")
+    adapter = Adapter.of(after) if after.is_adapter else None
+    wanted = _wanted(job)
+    if "edited" in wanted:
+        raise CheckpointError(
+            f"method '{job.method.name}': statistics of the edited model need a forward pass after the edit; "
+            "expected memory_source=trained"
+        )
+    statistics: dict[str, Statistics] = {}
+    pending = False
+    for role, kinds in wanted.items():
+        if role in job.statistics:
+            statistics[role] = _checked(job, role, kinds, before, after, adapter)
+        elif role in job.calibrations:
+            pending = True
+        else:
+            raise CheckpointError(
+                f"statistics: method '{job.method.name}' needs those of the {role} set; pass --{role} with samples, "
+                "or --statistics with a file"
+            )
+    known = None
+    include_projector = False
+    if statistics and not pending:
+        known = set.intersection(*(held.known_layers() for held in statistics.values()))
+        include_projector = any(not name.startswith("layers.") for name in known)
+    plan = make_plan(
+        before,
+        after,
+        adapter=adapter,
+        known=known,
+        skip=job.skip,
+        include_projector=include_projector,
+        save_as=job.save_as,
+    )
+    remembers = getattr(job.method.config, "memory", 0)
+    if job.memory is not None and not remembers:
+        raise CheckpointError(f"memory: method '{job.method.name}' as set keeps no memory of past tasks")
+    return Prepared(before, after, adapter, statistics, Memory(job.memory) if remembers else None, plan)
+
+
+def _checked(
+    job: Job, role: str, kinds: frozenset[str], before: Folder, after: Folder, adapter: Adapter | None
+) -> Statistics:
+    held = Statistics(job.statistics[role])
+    for kind, there in (("diagonal", held.has_diagonals), ("gram", held.has_grams)):
+        if kind in kinds and not there and any(not about.zero for about in held.info.inputs.values()):
+            what, option = ("Gram matrices", " --gram") if kind == "gram" else ("inverse diagonals", "")
+            raise CheckpointError(
+                f"statistics: {held.path} holds no {what}, which method '{job.method.name}' needs; "
+                f"make it with `hpa calibrate{option}`"
+            )
+    if held.info.role != role:
+        raise CheckpointError(f"statistics: {held.path} is of the {held.info.role} set, expected the {role} set")
+    if not job.any_statistics:
+        models = {model_fingerprint(before): "BEFORE"}
+        models[model_fingerprint(after) if adapter is None else model_fingerprint(before, adapter)] = "AFTER"
+        if held.info.fingerprint not in models:
+            raise CheckpointError(
+                f"statistics: {held.path} was made with {held.info.model}, whose weights are neither those of BEFORE "
+                "nor of AFTER; calibrate again, or take it all the same with --any-statistics"
+            )
+    return held
+
+
+def _refuse_place(out: Path, job: Job) -> None:
+    place = out.resolve()
+    for argument, folder in (("BEFORE", job.before), ("AFTER", job.after)):
+        source = folder.resolve()
+        if place == source or source in place.parents or place in source.parents:
+            raise CheckpointError(f"--out: {out} lies in {argument} ({folder}) or holds it; choose another folder")
+    if out.exists() and not out.is_dir():
+        raise CheckpointError(f"--out: {out} is a file; expected a folder that is new or empty")
+
+
+def _identity(job: Job, prepared: Prepared) -> dict[str, Any]:
+    """Everything that the output depends on."""
+
+    def file(path: Path) -> dict[str, Any]:
+        status = path.stat()
+        return {"bytes": status.st_size, "changed_ns": status.st_mtime_ns}
+
+    inputs: dict[str, Any] = {}
+    for folder in (prepared.before, prepared.after):
+        inputs |= {f"{folder.argument}/{name}": file(folder.path / name) for name in folder.files}
+    inputs |= {f"statistics/{role}": file(path) for role, path in job.statistics.items()}
+    for role, kinds in _wanted(job).items():
+        if role not in job.statistics:
+            calibration = job.calibrations[role]
+            inputs[f"samples/{role}"] = {
+                **file(calibration.data),
+                "model": str(calibration.model.absolute()),
+                "samples": calibration.samples,
+                "seed": calibration.seed,
+                "kinds": sorted(kinds),
+                "config": calibration.config.model_dump(mode="json"),
+            }
+    if job.memory is not None:
+        inputs["memory"] = file(job.memory)
+    if job.aligned is not None:
+        inputs["aligned"] = {"folder": str(job.aligned.absolute())}
+    return {
+        "inputs": inputs,
+        "settings": {
+            "method": job.method.name,
+            "options": job.method.config.model_dump(mode="json"),
+            "skip": list(job.skip),
+            "save_as": job.save_as,
+            "task_index": job.task_index,
+            "seed": job.seed,
+        },
+        "hpa": hpa_ext.__version__,
+    }
+
+
+def _differences(old: Any, new: Any, where: str = "") -> Iterable[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in sorted(old.keys() | new.keys()):
+            yield from _differences(old.get(key), new.get(key), f"{where}.{key}".lstrip("."))
+    elif old != new:
+        yield f"{where}: {'absent' if old is None else old} then, {'absent' if new is None else new} now"
+
+
+def _open_stage(stage: Path, identity: dict[str, Any]) -> None:
+    path = stage / "work" / "job.json"
+    if not path.exists():
+        write_file(path, json.dumps(identity, indent=1))
+    try:
+        old = json.loads(path.read_text())
+    except ValueError:
+        raise CheckpointError(f"--out: {path} is damaged; remove {stage} and start anew") from None
+    different = list(_differences(old, identity))
+    if different:
+        raise CheckpointError(
+            f"--out: {stage} holds the beginning of another job ({'; '.join(different[:4])}); "
+            "finish that one with its own settings, or remove the folder"
+        )
+
+
+def _finished(out: Path, identity: dict[str, Any]) -> list[dict[str, Any]]:
+    """The edits of a finished folder, if it is this job's."""
+    manifest = out / MANIFEST
+    if not manifest.is_file():
+        raise CheckpointError(f"--out: {out} exists and is not empty; choose another folder, or remove it")
+    content = json.loads(manifest.read_text())
+    different = list(_differences(content["job"], identity))
+    if different:
+        raise CheckpointError(
+            f"--out: {out} is the result of another job ({'; '.join(different[:4])}); choose another folder"
+        )
+    edits: list[dict[str, Any]] = json.loads((out / "hpa.json").read_text())["layers"]
+    return edits
+
+
+def _check_room(stage: Path, prepared: Prepared, job: Job) -> None:
+    written = sum(file.stat().st_size for file in stage.glob("*.safetensors*") if file.is_file())
+    needed = prepared.plan.output_size - written
+    if prepared.memory is not None:
+        needed += sum(2 * about.cols * (about.cols + 1) for about in prepared.statistics["task"].info.inputs.values())
+    free = shutil.disk_usage(stage).free
+    if needed > free:
+        raise CheckpointError(
+            f"--out: the output takes {needed / 1e9:.2f} GB more and {stage.parent} has {free / 1e9:.2f} GB free"
+        )
+
+
+def _write_shards(job: Job, prepared: Prepared, stage: Path, claims: Claims, listener: Listener) -> None:
+    """Write every file that is not done; returns when all are, whoever did them."""
+    done_folder, notes = stage / "work" / "done", stage / "work" / "notes"
+    done_folder.mkdir(parents=True, exist_ok=True)
+    notes.mkdir(parents=True, exist_ok=True)
+    editor = editor_of(job, prepared)
+    statistics_budget = _statistics_budget(job)
+    # Besides what waits to be edited and to be written, one layer is in work.
+    budget = max(8 << 20, (job.max_memory - statistics_budget - 2 * prepared.plan.largest) // 3)
+    budget = min(budget, 512 << 20)
+    told: set[str] = set()
+    while True:
+        open_, busy = [], False
+        for shard in prepared.plan.shards:
+            note = done_folder / f"{shard.name}.json"
+            if not note.exists():
+                open_.append(shard)
+            elif shard.name not in told:
+                told.add(shard.name)
+                listener.wrote(sum(entry.source.size for entry in shard.entries))
+        if not open_:
+            return
+        for shard in open_:
+            with claims.hold(shard.name) as confirm:
+                if confirm is None:
+                    busy = True
+                    continue
+                if (done_folder / f"{shard.name}.json").exists():
+                    continue
+                told.add(shard.name)
+                try:
+                    result = write_shard(
+                        shard, stage, notes, editor, budget=budget, done=listener.wrote, confirm=confirm
+                    )
+                except ClaimLostError as lost:
+                    listener.say(str(lost))
+                    busy = True
+                    continue
+                write_file(
+                    done_folder / f"{shard.name}.json",
+                    json.dumps({"bytes": result.size, "sha256": result.sha256, "edits": result.edits}),
+                )
+        if busy:
+            time.sleep(0.2)
+
+
+def editor_of(job: Job, prepared: Prepared) -> Editor:
+    """What edits one layer of the job."""
+    return Editor(
+        job.method,
+        prepared.statistics,
+        memory=prepared.memory,
+        aligned=_aligned(job),
+        task_index=job.task_index,
+        seed=job.seed,
+        budget=_statistics_budget(job),
+    )
+
+
+def _statistics_budget(job: Job) -> int:
+    return min(job.max_memory // 4, 512 << 20)
+
+
+def _aligned(job: Job) -> Callable[[str], torch.Tensor] | None:
+    if getattr(job.method.config, "anchor", "prev") != "aligned":
+        return None
+    if job.aligned is None:
+        raise CheckpointError("aligned: needed with anchor=aligned, got none; pass --aligned FOLDER")
+    folder = Folder(job.aligned, "aligned")
+    decoder = find_decoder({name: elements(info.shape) for name, info in folder.tensors.items()}, "aligned")
+    layers = model_layers({n: info.shape for n, info in folder.tensors.items()}, decoder, include_projector=True)
+
+    def read(layer: str) -> torch.Tensor:
+        if layer not in layers:
+            raise CheckpointError(f"aligned: {job.aligned} has no layer {layer}")
+        return read_tensor(folder.tensors[layers[layer][1]])
+
+    return read
+
+
+def _finish(
+    job: Job,
+    prepared: Prepared,
+    stage: Path,
+    out: Path,
+    claims: Claims,
+    identity: dict[str, Any],
+    listener: Listener,
+) -> None:
+    """Everything beside the weights, then the manifest, then the name."""
+    while stage.exists():
+        with claims.hold("finish") as confirm:
+            if confirm is None:
+                time.sleep(0.2)
+                continue
+            if not stage.exists():
+                return
+            _write_rest(job, prepared, stage, identity)
+            confirm()
+            _publish(stage, out)
+            return
+
+
+def _write_rest(job: Job, prepared: Prepared, stage: Path, identity: dict[str, Any]) -> None:
+    plan = prepared.plan
+    results = {}
+    for shard in plan.shards:
+        content = json.loads((stage / "work" / "done" / f"{shard.name}.json").read_text())
+        results[shard.name] = ShardResult(shard.name, content["bytes"], content["sha256"], content["edits"])
+        _verify(stage / shard.name, results[shard.name])
+    hashes = {name: result.sha256 for name, result in results.items()}
+    skipped_files: dict[str, str] = {}
+    for relative, source, reason in _side_files(job, prepared):
+        if reason is not None:
+            skipped_files[relative.as_posix()] = reason
+            continue
+        data = source.read_bytes()
+        write_file(stage / relative, data)
+        hashes[relative.as_posix()] = sha256(data).hexdigest()
+    if (prepared.before if job.save_as == "full" and prepared.adapter else prepared.after).path.joinpath(
+        INDEX_FILE
+    ).is_file() and job.save_as == "full":
+        hashes[INDEX_FILE] = _write(stage / INDEX_FILE, json.dumps(_index(plan.shards), indent=2) + "\n")
+    if prepared.memory is not None:
+        hashes[MEMORY] = write_memory(stage / MEMORY, job.method, prepared.memory, prepared.statistics["task"])
+    edits = [edit for shard in plan.shards for edit in results[shard.name].edits]
+    summary = {
+        "hpa": hpa_ext.__version__,
+        "before": str(job.before),
+        "after": str(job.after),
+        "method": job.method.name,
+        "options": job.method.config.model_dump(mode="json"),
+        "statistics": {role: held.info.data for role, held in prepared.statistics.items()},
+        "calibration": {role: held.info.config for role, held in prepared.statistics.items()},
+        "decoder": plan.decoder.path,
+        "blocks": plan.decoder.blocks,
+        "layers": edits,
+        "tensors": [
+            {"name": entry.name, "fate": entry.fate, "reason": entry.reason} for entry in [*plan.entries, *plan.skipped]
+        ],
+        "files_not_copied": skipped_files,
+    }
+    hashes["hpa.json"] = _write(stage / "hpa.json", json.dumps(summary, indent=1) + "\n")
+    hashes["README.md"] = _write(stage / "README.md", write_card(stage / "README.md", summary))
+    hashes["report.html"] = _write(stage / "report.html", write_report(summary))
+    files = {
+        name: {"bytes": (stage / name).stat().st_size, "sha256": digest} for name, digest in sorted(hashes.items())
+    }
+    write_file(stage / MANIFEST, json.dumps({"job": identity, "files": files}, indent=1) + "\n")
+
+
+def _publish(stage: Path, out: Path) -> None:
+    trash = stage / "work"
+    shutil.rmtree(trash, ignore_errors=True)
+    if out.exists():
+        out.rmdir()  # empty, or this fails and nothing is lost
+    os.rename(stage, out)
+
+
+def _verify(path: Path, result: ShardResult) -> None:
+    size = path.stat().st_size if path.exists() else -1
+    if size != result.size:
+        raise CheckpointError(f"{path}: has {size} bytes, expected {result.size}; remove the folder and start anew")
+
+
+def _side_files(job: Job, prepared: Prepared) -> Iterable[tuple[Path, Path, str | None]]:
+    """Files to copy: relative path, source, and the reason where one is left out."""
+    chosen: dict[Path, tuple[Path, str | None]] = {}
+    if prepared.adapter is not None and job.save_as == "full":
+        for relative, reason in prepared.before.side_files():
+            chosen[relative] = (prepared.before.path / relative, reason)
+        for relative, reason in prepared.after.side_files():
+            if reason is None and relative.name.startswith(TOKENIZER_FILES):
+                chosen[relative] = (prepared.after.path / relative, None)
+    else:
+        for relative, reason in prepared.after.side_files():
+            chosen[relative] = (prepared.after.path / relative, reason)
+    for relative, (source, reason) in chosen.items():
+        yield relative, source, reason
+
+
+def _index(shards: list[Shard]) -> dict[str, Any]:
+    weight_map = {entry.name: shard.name for shard in shards for entry in shard.entries}
+    total = sum(entry.source.size for shard in shards for entry in shard.entries)
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+
+
+def _write(path: Path, text: str) -> str:
+    write_file(path, text)
+    return sha256(text.encode()).hexdigest()
+
+
+def _is_empty(folder: Path) -> bool:
+    return folder.is_dir() and not any(folder.iterdir())
+
+
+def check_files(out: Path) -> list[str]:
+    """Files of a finished folder that are not as its manifest says; empty where all are."""
+    content = json.loads((out / MANIFEST).read_text())
+    wrong = []
+    for name, about in content["files"].items():
+        path = out / name
+        if not path.is_file():
+            wrong.append(f"{name}: missing")
+        elif path.stat().st_size != about["bytes"] or hash_file(path).hexdigest() != about["sha256"]:
+            wrong.append(f"{name}: changed since it was written")
+    return wrong

@@ -1,0 +1,149 @@
+"""``hpa calibrate``: a model and a set of samples in, one statistics file out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from hpa.calibration import CalibrationStream, find_layers
+from hpa.checkpoint.adapter import Adapter
+from hpa.checkpoint.distributed import process_group
+from hpa.checkpoint.files import CheckpointError, Folder
+from hpa.checkpoint.lazy_model import LazyModel, module_decoder
+from hpa.checkpoint.names import expert_input
+from hpa.checkpoint.plan import model_fingerprint
+from hpa.checkpoint.statistics import Statistics, StatisticsInfo, StatisticsWriter
+from hpa.config import CalibrationConfig
+from hpa.data.encode import Encoder
+from hpa.data.files import read_conversations
+
+__all__ = ["CalibrationJob", "calibrate_checkpoint"]
+
+
+@dataclass(frozen=True)
+class CalibrationJob:
+    """What is asked for.
+
+    Attributes:
+        model: folder of the model, or of an adapter.
+        base: folder of the model that the adapter stands on.
+        data: file of samples, see :mod:`hpa.data.files`.
+        role: which set it is.
+        out: statistics file to write.
+        config: averaging, damping, token filter.
+        samples: how many; drawn with ``seed``.
+        want: diagonals, Gram matrices or both.
+        energy: store leading vectors that hold this share of a Gram matrix's trace, where that is smaller.
+        dtype: of the weights in memory; as stored when ``None``.
+    """
+
+    model: Path
+    data: Path
+    role: Literal["safety", "task"]
+    out: Path
+    base: Path | None = None
+    config: CalibrationConfig = field(default_factory=CalibrationConfig)
+    samples: int | None = None
+    seed: int = 0
+    want: frozenset[str] = frozenset({"diagonal"})
+    energy: float | None = None
+    image_root: Path | None = None
+    dtype: torch.dtype | None = None
+    max_length: int = 2048
+    trust_remote_code: bool = False
+
+
+def calibrate_checkpoint(job: CalibrationJob, progress: Callable[[int, int], None] | None = None) -> Statistics | None:
+    """Run the samples through the model, block by block, and write what its layers were fed with.
+
+    Under ``torchrun`` each process takes a part of the samples and process 0 writes the file.
+
+    Args:
+        job: what to do.
+        progress: told of blocks done and blocks in all.
+
+    Returns:
+        The file; ``None`` in processes other than 0.
+
+    Raises:
+        CheckpointError, DataError: inputs that cannot be used.
+        ValueError: activations that are not finite (the layer is named).
+    """
+    folder = Folder(job.model, "MODEL")
+    adapter = None
+    if folder.is_adapter:
+        adapter = Adapter.of(folder)
+        if job.base is None:
+            raise CheckpointError(f"MODEL: {job.model} is an adapter; pass the model that it stands on with --base")
+        folder = Folder(job.base, "base")
+    limit = job.samples
+    if limit is None:
+        limit = job.config.safety_samples if job.role == "safety" else job.config.task_samples
+    held = read_conversations(job.data, limit=limit, seed=job.seed, image_root=job.image_root)
+    tokenizer = folder.path
+    if adapter is not None and any(adapter.folder.path.glob("tokenizer*")):
+        tokenizer = adapter.folder.path
+    encoder = Encoder(tokenizer, max_length=job.max_length, trust_remote_code=job.trust_remote_code)
+    group = process_group()
+    conversations = held.conversations if group is None else group.share(held.conversations)
+    if not conversations:
+        raise CheckpointError(
+            f"{job.data}: {len(held.conversations)} samples cannot be shared by {group and group.size} processes"
+        )
+    lazy = LazyModel(folder, adapter, dtype=job.dtype, trust_remote_code=job.trust_remote_code)
+    layers = find_layers(lazy.model, job.config.include_projector, blocks=job.config.blocks)
+    stream = CalibrationStream(
+        lazy.model,
+        encoder.batches(conversations),
+        layers,
+        want=job.want,
+        config=job.config,
+        label=job.role,
+        experts=True,
+        exchange=group,
+    )
+    decoder = module_decoder(lazy.model, "MODEL")
+    with StatisticsWriter(job.out, energy=job.energy) as writer:
+        for done, number in enumerate(stream.numbers, start=1):
+            entries = stream.block(number)
+            if group is None or group.rank == 0:
+                names = {}
+                for name in {*entries, *(seen.input_key for seen in entries.values())}:
+                    canonical = decoder.canonical(name)
+                    names[name] = _projector_name(name) if canonical is None else expert_input(canonical) or canonical
+                writer.add(entries, names)
+            if progress is not None:
+                progress(done, len(stream.numbers))
+        if group is not None:
+            rank = group.rank
+            group.close()
+            if rank:
+                return None
+        writer.finish(
+            StatisticsInfo(
+                role=job.role,
+                fingerprint=model_fingerprint(folder, adapter),
+                model=str(job.model),
+                data={
+                    "file": job.data.name,
+                    "sha256": held.sha256,
+                    "samples": len(held.conversations),
+                    "seed": job.seed,
+                },
+                config=job.config.model_dump(mode="json"),
+                blocks=decoder.blocks,
+            )
+        )
+    return Statistics(job.out)
+
+
+def _projector_name(name: str) -> str:
+    from hpa.calibration import PROJECTOR_NAMES
+
+    parts = name.split(".")
+    start = next((index for index, part in enumerate(parts) if part in PROJECTOR_NAMES), 0)
+    return ".".join(parts[start:])

@@ -1,0 +1,166 @@
+"""Looking at checkpoints: what is in a folder or file (``hpa inspect``), and where two differ (``hpa compare``)."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import hpa_ext
+from hpa.checkpoint.adapter import Adapter, match_names
+from hpa.checkpoint.files import CheckpointError, Folder, read_tensor
+from hpa.checkpoint.names import find_decoder
+from hpa.checkpoint.plan import elements, model_layers
+from hpa.layers import add_update
+
+__all__ = ["Difference", "Contents", "compare_folders", "inspect_folder"]
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a model folder or an adapter holds.
+
+    Attributes:
+        kind: model or adapter.
+        facts: lines for people.
+        layers: canonical name -> shape of what would be edited.
+        left: reason -> number of tensors that would not.
+    """
+
+    kind: str
+    facts: dict[str, str]
+    layers: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    left: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One tensor of two folders.
+
+    Attributes:
+        name: of the tensor in B.
+        layer: canonical layer name, or "".
+        before_norm, change_norm: Frobenius norms of A's and of the difference.
+        columns_equal: columns of a layer that are equal bit for bit.
+        cols: columns of a layer.
+        note: why nothing was compared.
+    """
+
+    name: str
+    layer: str = ""
+    before_norm: float = 0.0
+    change_norm: float = 0.0
+    columns_equal: int = 0
+    cols: int = 0
+    note: str = ""
+
+
+def inspect_folder(path: Path) -> Contents:
+    """Raises CheckpointError where the folder is no checkpoint."""
+    folder = Folder(path, "DIR")
+    dtypes = Counter(info.dtype for info in folder.tensors.values())
+    facts = {
+        "tensors": f"{len(folder.tensors)} in {len(folder.files)} files, {folder.total_size / 1e9:.3f} GB",
+        "dtypes": ", ".join(f"{dtype} ({count})" for dtype, count in dtypes.most_common()),
+    }
+    if folder.is_adapter:
+        adapter = Adapter.of(folder)
+        ranks = Counter(pair.a.shape[0] for pair in adapter.factors.values())
+        facts |= {
+            "kind": "LoRA adapter",
+            "base": str(folder.config.get("base_model_name_or_path")),
+            "layers": str(len(adapter.factors)),
+            "ranks": ", ".join(f"{rank} ({count})" for rank, count in sorted(ranks.items())),
+            "trained in full": ", ".join(sorted(adapter.replaced)) or "nothing",
+        }
+        return Contents("adapter", facts, {name: pair.shape for name, pair in adapter.factors.items()})
+    decoder = find_decoder({name: elements(info.shape) for name, info in folder.tensors.items()}, "DIR")
+    layers = model_layers({name: info.shape for name, info in folder.tensors.items()}, decoder)
+    chosen = {tensor for _, tensor in layers.values()}
+    left = Counter(
+        "in the decoder" if decoder.canonical(name) else "outside the decoder"
+        for name in folder.tensors
+        if name not in chosen
+    )
+    facts |= {
+        "kind": f"model ({folder.config.get('model_type', 'unknown type')})",
+        "decoder": f"{decoder.path}, {decoder.blocks} blocks",
+        "layers": f"{len(layers)} linear layers in the decoder",
+    }
+    return Contents(
+        "model", facts, {name: folder.tensors[tensor].shape for name, (_, tensor) in layers.items()}, dict(left)
+    )
+
+
+def compare_folders(first: Path, second: Path) -> list[Difference]:
+    """Every tensor of B beside its counterpart in A; an adapter as B is compared as its base A with it.
+
+    Raises:
+        CheckpointError: folders that are no checkpoints of one architecture.
+    """
+    a, b = Folder(first, "A"), Folder(second, "B")
+    if a.is_adapter:
+        raise CheckpointError(f"A: {first} is an adapter; expected a model")
+    factors: dict[str, Any] = {}
+    base = b
+    if b.is_adapter:
+        adapter = Adapter.of(b)
+        names = match_names([f"{path}.weight" for path in adapter.factors], a.tensors, "B")
+        factors = {tensor: adapter.factors[path.removesuffix(".weight")] for path, tensor in names.items()}
+        base = a
+    decoders = [
+        find_decoder({name: elements(info.shape) for name, info in folder.tensors.items()}, folder.argument)
+        for folder in (a, base)
+    ]
+    places = {_place(name, decoders[0]): name for name in a.tensors}
+    found: list[Difference] = []
+    for name, info in base.tensors.items():
+        place = _place(name, decoders[1])
+        other = places.pop(place, None)
+        layer = place.removesuffix(".weight") if decoders[1].canonical(name) and len(info.shape) == 2 else ""
+        if other is None:
+            found.append(Difference(name, layer, note="only in B"))
+        elif a.tensors[other].shape != info.shape:
+            found.append(Difference(name, layer, note=f"{list(a.tensors[other].shape)} in A, {list(info.shape)} in B"))
+        elif not info.is_floating or not a.tensors[other].is_floating:
+            same = torch.equal(read_tensor(a.tensors[other]), read_tensor(info))
+            found.append(Difference(name, layer, note="" if same else "other values"))
+        else:
+            before = read_tensor(a.tensors[other])
+            if b.is_adapter and name not in factors:
+                after = before
+            elif b.is_adapter:
+                after = add_update(before, factors[name].read(), torch.float32)
+            else:
+                after = read_tensor(info)
+            found.append(_difference(name, layer, before, after))
+    return found + [Difference(name, note="only in A") for name in places.values()]
+
+
+def _difference(name: str, layer: str, before: Tensor, after: Tensor) -> Difference:
+    wide = torch.promote_types(before.dtype, after.dtype)
+    before, after = before.to(wide), after.to(wide)
+    matrix = before.reshape(-1, before.shape[-1]) if before.ndim > 1 else before.reshape(1, -1)
+    other = after.reshape(matrix.shape)
+    statistics = hpa_ext.change_statistics(matrix, other)
+    equal = int((statistics.column_change == 0).sum()) if layer else 0
+    return Difference(
+        name,
+        layer,
+        math.sqrt(max(0.0, float(statistics.before_norm_sq))),
+        math.sqrt(max(0.0, float(statistics.change_norm_sq))),
+        equal,
+        matrix.shape[1] if layer else 0,
+    )
+
+
+def _place(name: str, decoder: Any) -> str:
+    canonical = decoder.canonical(name)
+    if canonical is not None:
+        return str(canonical)
+    return ".".join(part for part in name.split(".") if part not in ("model", "language_model", "text_model"))

@@ -1,0 +1,75 @@
+"""The memory of past tasks that a method hands from edit to edit, as one safetensors file (METHOD 9).
+
+    memory.<input>   [cols (cols+1)/2]   float32, lower triangle of a sum of Gram matrices, row by row
+    tasks.<input>    []                  int64, how many tasks are in it
+
+The file is read and written input by input: all of it never is in memory.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import Tensor
+
+from hpa.checkpoint.files import DTYPE_NAMES, CheckpointError, encode_header, read_tensor, read_tensor_file
+from hpa.checkpoint.statistics import Statistics
+from hpa.checkpoint.stream import HashedFile, tensor_bytes
+from hpa.methods import Method
+
+__all__ = ["Memory", "write_memory"]
+
+
+class Memory:
+    """A memory file; an empty one where there is none yet."""
+
+    def __init__(self, path: Path | None) -> None:
+        """Raises CheckpointError where the file is no memory."""
+        self.path = path
+        self._tensors = {} if path is None else read_tensor_file(path).tensors
+        odd = [name for name in self._tensors if not name.startswith(("memory.", "tasks."))]
+        if odd:
+            raise CheckpointError(f"{path}: not a memory of past tasks (it holds '{odd[0]}')")
+
+    @property
+    def keys(self) -> set[str]:
+        """The inputs that it remembers."""
+        return {name.removeprefix("memory.") for name in self._tensors if name.startswith("memory.")}
+
+    def state(self, key: str) -> dict[str, Tensor]:
+        """What :meth:`hpa.methods.base.Method.load_state_dict` takes, for one input."""
+        names = (f"memory.{key}", f"tasks.{key}")
+        return {name: read_tensor(self._tensors[name]) for name in names if name in self._tensors}
+
+
+def write_memory(path: Path, method: Method, old: Memory, task: Statistics) -> str:
+    """``old`` and a task's Gram matrices, as ``method`` sums them up; the new file's SHA-256."""
+    keys = sorted(old.keys | {key for key, about in task.info.inputs.items() if not about.zero})
+    shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for key in keys:
+        if key in task.info.inputs and not task.info.inputs[key].zero:
+            cols = task.info.inputs[key].cols
+            shape: tuple[int, ...] = (cols * (cols + 1) // 2,)
+        else:
+            shape = tuple(old.state(key)[f"memory.{key}"].shape)
+        shapes[f"memory.{key}"] = ("F32", shape)
+        shapes[f"tasks.{key}"] = ("I64", ())
+    out = HashedFile(path)
+    try:
+        out.write(encode_header(shapes, {"hpa": "memory"}))
+        for key in keys:
+            method.load_state_dict(old.state(key))
+            if key in task.info.inputs:
+                method.observe_edited({key: task.read(key, frozenset({"gram"}))})
+            method.finish_task()
+            state = method.state_dict()
+            for name in (f"memory.{key}", f"tasks.{key}"):
+                tensor = state[name]
+                if (DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) != shapes[name]:
+                    raise CheckpointError(f"{old.path}: '{name}' is {tuple(tensor.shape)}, expected {shapes[name][1]}")
+                out.write(tensor_bytes(tensor))
+        method.load_state_dict({})
+        return out.close()
+    except BaseException:
+        out.abandon()
+        raise

@@ -1,0 +1,265 @@
+"""Editing one output file: read the next layers, edit this one, write the last, note how far it is.
+
+Every tensor has its place in the output before the first byte is written, and an edit depends on its layer alone.  So a
+file that was begun is continued where its last note stands, by whoever takes it up, and comes out the same.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hpa.checkpoint.files import DTYPES, CheckpointError, encode_header, read_tensor
+from hpa.checkpoint.memory import Memory
+from hpa.checkpoint.plan import Entry, Shard
+from hpa.checkpoint.statistics import Statistics
+from hpa.checkpoint.stream import HashedFile, read_ahead, tensor_bytes
+from hpa.layers import InputStatistics, LayerChange, LayerEdit, LowRankUpdate, add_update
+from hpa.methods import Method
+from hpa.storage import write_file
+
+__all__ = ["Editor", "Loaded", "ShardResult", "load_entry", "write_shard"]
+
+NOTE_EVERY = 256 << 20  # bytes between two notes; what a kill can cost
+
+
+@dataclass(frozen=True)
+class ShardResult:
+    """A finished file: size, SHA-256 and the numbers of its edits."""
+
+    name: str
+    size: int
+    sha256: str
+    edits: list[dict[str, Any]]
+
+
+class Editor:
+    """A method with what it reads: statistics, and a memory of past tasks."""
+
+    def __init__(
+        self,
+        method: Method,
+        statistics: dict[str, Statistics],
+        *,
+        memory: Memory | None = None,
+        aligned: Callable[[str], Tensor] | None = None,
+        task_index: int = 0,
+        seed: int = 0,
+        budget: int = 1 << 30,
+    ) -> None:
+        """``statistics``: by role, safety and task; ``budget``: bytes of statistics to keep for the next layers."""
+        self.method = method
+        self._statistics = statistics
+        self._memory = memory
+        self._aligned = aligned
+        self._task_index, self._seed = task_index, seed
+        self._cache: OrderedDict[tuple[str, str], InputStatistics] = OrderedDict()
+        self._budget = budget
+        self._memory_key: str | None = None
+
+    def edit(self, entry: Entry, before: Tensor, update: Tensor | LowRankUpdate) -> LayerEdit:
+        """Raises ValueError (layer named) for numbers that are not finite and all that the method refuses."""
+        assert entry.layer is not None
+        layer = entry.layer
+        seen: dict[str, InputStatistics] = {}
+        for role in ("safety", "task"):
+            want = frozenset(kind for kind in ("diagonal", "gram") if f"{role}_{kind}" in self.method.needs)
+            if want:
+                seen[role] = self._read(role, layer.name, want)
+        key = next((seen[role].input_key for role in ("task", "safety") if role in seen), layer.name)
+        if self._memory is not None and key != self._memory_key:
+            self.method.load_state_dict(self._memory.state(key))
+            self._memory_key = key
+        aligned = None if self._aligned is None else self._aligned(layer.name)
+        change = LayerChange(layer.name, layer.block, layer.blocks, key, before, update, aligned)
+        return self.method.edit_layer(
+            change, seen.get("safety"), seen.get("task"), task_index=self._task_index, seed=self._seed
+        )
+
+    def _read(self, role: str, layer: str, want: frozenset[str]) -> InputStatistics:
+        key = self._statistics[role].input_of(layer)
+        found = self._cache.get((role, key))
+        if found is None:
+            found = self._statistics[role].read(key, want)
+            self._cache[(role, key)] = found
+            while len(self._cache) > 2 and sum(map(_held, self._cache.values())) > self._budget:
+                self._cache.popitem(last=False)
+        else:
+            self._cache.move_to_end((role, key))
+        return found
+
+
+def write_shard(
+    shard: Shard,
+    folder: Path,
+    notes: Path,
+    editor: Editor,
+    *,
+    budget: int,
+    done: Callable[[int], None] = lambda _: None,
+    confirm: Callable[[], None] = lambda: None,
+) -> ShardResult:
+    """Write ``folder/shard.name``; resumes from the notes of an earlier try.
+
+    Args:
+        shard: the file's tensors.
+        folder: where the file goes; it is called ``<name>.part`` until it is whole.
+        notes: folder of the notes.
+        editor: edits a layer.
+        budget: bytes that may wait on either side of the computation.
+        done: told of bytes written.
+        confirm: raises where the file has become somebody else's to finish.
+
+    Raises:
+        CheckpointError, OSError: named tensor or file; the notes stand, and the same call goes on from them.
+    """
+    header = encode_header(
+        {entry.name: (entry.source.dtype, entry.source.shape) for entry in shard.entries}, shard.metadata
+    )
+    part, note = folder / f"{shard.name}.part", notes / f"{shard.name}.json"
+    start, first, edits = _resume(part, note)
+    out = HashedFile(part, start=start, budget=budget)
+    try:
+        if not start:
+            out.write(header)
+        noted = out.position
+        done(out.position)
+        halves: dict[str, Tensor] = {}
+        for index, (entry, loaded) in enumerate(
+            read_ahead(shard.entries[first:], load_entry, lambda entry: entry.held, budget), start=first
+        ):
+            tensor, numbers = _result(entry, loaded, editor, halves)
+            del loaded
+            if numbers is not None:
+                edits.append({"tensor": entry.name, **numbers})
+            size = entry.source.size
+            if tensor.numel() * tensor.element_size() != size:
+                raise AssertionError(f"{entry.name}: {tuple(tensor.shape)} {tensor.dtype} in place of {entry.source}")
+            out.write(tensor_bytes(tensor))
+            done(size)
+            if out.position - noted >= NOTE_EVERY and not halves:
+                out.flush()
+                write_file(note, json.dumps({"bytes": out.position, "tensors": index + 1, "edits": edits}))
+                noted = out.position
+        size, digest = out.position, out.close()
+        confirm()
+    except BaseException:
+        out.abandon()
+        raise
+    os.replace(part, folder / shard.name)
+    return ShardResult(shard.name, size, digest, edits)
+
+
+def _resume(part: Path, note: Path) -> tuple[int, int, list[dict[str, Any]]]:
+    if part.exists() and note.exists():
+        content = json.loads(note.read_text())
+        if part.stat().st_size >= content["bytes"]:
+            return content["bytes"], content["tensors"], content["edits"]
+    return 0, 0, []
+
+
+@dataclass
+class Loaded:
+    """What an entry is made from, in memory."""
+
+    source: Tensor | None
+    before: Tensor | None
+    update: LowRankUpdate | None
+
+
+def load_entry(entry: Entry) -> Loaded:
+    """Read it."""
+    if entry.part:
+        assert entry.before is not None
+        assert entry.factors is not None
+        # The second half of a pair is edited with the first.
+        return (
+            Loaded(None, None, None)
+            if entry.part == "B"
+            else Loaded(None, read_tensor(entry.before), entry.factors.read())
+        )
+    update = None if entry.factors is None else entry.factors.read()
+    before = None if entry.before is None else read_tensor(entry.before)
+    return Loaded(read_tensor(entry.source) if update is None else None, before, update)
+
+
+def _result(
+    entry: Entry, loaded: Loaded, editor: Editor, halves: dict[str, Tensor]
+) -> tuple[Tensor, dict[str, Any] | None]:
+    """The tensor to write and, for a layer, the numbers of its edit."""
+    dtype = DTYPES[entry.source.dtype]
+    if entry.part:
+        return _adapter_half(entry, loaded, editor, halves, dtype)
+    if entry.fate == "copied":
+        if loaded.update is None:
+            assert loaded.source is not None
+            _check_finite(entry, loaded.source)
+            return loaded.source, None
+        assert entry.factors is not None
+        assert loaded.before is not None
+        update = loaded.update
+        if entry.factors.transposed:
+            update = LowRankUpdate(update.B.T, update.A.T, update.scale)
+        merged = add_update(loaded.before, update, dtype)
+        _check_finite(entry, merged)
+        return merged, None
+    assert entry.layer is not None
+    assert loaded.before is not None
+    given = loaded.update if loaded.update is not None else loaded.source
+    assert given is not None
+    edit = editor.edit(entry, loaded.before, given)
+    weight = edit.weight
+    if weight.dtype != dtype:
+        weight = weight.to(dtype)
+    if edit.skipped is not None:
+        _check_finite(entry, weight)
+    rows, cols = weight.shape
+    return weight, {"name": entry.layer.name, "block": entry.layer.block, "rows": rows, "cols": cols, **edit.numbers}
+
+
+def _adapter_half(
+    entry: Entry, loaded: Loaded, editor: Editor, halves: dict[str, Tensor], dtype: torch.dtype
+) -> tuple[Tensor, dict[str, Any] | None]:
+    assert entry.layer is not None
+    assert entry.factors is not None
+    layer = entry.layer
+    if layer.name in halves:
+        return halves.pop(layer.name).to(dtype), None
+    if loaded.before is None or loaded.update is None:  # this pair has B first
+        assert entry.before is not None
+        loaded = Loaded(None, read_tensor(entry.before), entry.factors.read())
+    assert loaded.before is not None
+    assert loaded.update is not None
+    edit = editor.edit(entry, loaded.before, loaded.update)
+    if edit.update is None or edit.base is None or edit.base.data_ptr() != loaded.before.data_ptr():
+        raise CheckpointError(
+            f"save-as: lora cannot hold the edit of layer {layer.name}: it changes the base weights as well; "
+            "use --save-as full, or switch the orthogonal adjustment off with --set proj=off"
+        )
+    factor_b = edit.update.B
+    if edit.update.scale != entry.factors.scale:
+        factor_b = factor_b * (edit.update.scale / entry.factors.scale)
+    first, second = (edit.update.A, factor_b) if entry.part == "A" else (factor_b, edit.update.A)
+    halves[layer.name] = second
+    rows, cols = loaded.before.shape
+    numbers = {"name": layer.name, "block": layer.block, "rows": rows, "cols": cols, **edit.numbers}
+    return first.to(dtype), numbers
+
+
+def _check_finite(entry: Entry, tensor: Tensor) -> None:
+    if tensor.is_floating_point() and tensor.itemsize > 1 and not bool(torch.isfinite(tensor).all()):
+        raise CheckpointError(f"AFTER: tensor '{entry.name}' holds NaN or Inf")
+
+
+def _held(seen: InputStatistics) -> int:
+    return sum(
+        tensor.numel() * tensor.element_size() for tensor in (seen.gram, seen.inverse_diagonal) if tensor is not None
+    )

@@ -1,0 +1,124 @@
+"""Names of layers, equal for every way in which a checkpoint or a model may spell them.
+
+A linear layer of decoder block ``N`` is ``layers.N.<rest>`` here (``layers.0.self_attn.q_proj``), whatever stands
+before it (``model.``, ``language_model.model.``, ``model.language_model.``, ``model.text_model.`` ...), in files of
+transformers 4 and 5 and in the module tree of a loaded model.  Which of a model's lists of blocks is the decoder is
+found from the names and sizes alone: vision and audio towers are told by their names, and of the rest the largest is
+the decoder.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from hpa.calibration import PROJECTOR_NAMES
+from hpa.checkpoint.files import CheckpointError
+
+__all__ = ["Decoder", "expert_input", "find_decoder", "is_projector", "is_router"]
+
+_BLOCK = re.compile(r"^(?P<prefix>|.*?\.)(?P<list>layers|h|blocks|block|layer)\.(?P<number>\d+)\.(?P<rest>.+)$")
+_OTHER_TOWERS = (
+    "vision",
+    "visual",
+    "image",
+    "audio",
+    "speech",
+    "vit",
+    "qformer",
+    "resampler",
+    "perceiver",
+    "encoder",
+    "mtp",
+    "talker",
+    "token2wav",
+    "code2wav",
+    "gen_",
+)
+# The module around the experts is called mlp, block_sparse_moe ... by turns, and has no part in a canonical name.
+_EXPERT = re.compile(
+    r"^(?P<block>layers\.\d+)\.(?:.+\.)?experts\.(?P<number>\d+)\.(?P<matrix>w1|w2|w3|gate_proj|up_proj|down_proj|in|out)$"
+)
+_ROUTERS = ("gate", "router", "router.layer", "router.classifier", "shared_expert_gate")
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The decoder's list of blocks.
+
+    Attributes:
+        path: what stands before the block numbers, ``model.layers``.
+        blocks: number of blocks.
+    """
+
+    path: str
+    blocks: int
+
+    def canonical(self, name: str) -> str | None:
+        """``layers.N.<rest>`` of a name below the decoder's blocks, else ``None``."""
+        if not name.startswith(self.path + "."):
+            return None
+        return "layers." + name[len(self.path) + 1 :]
+
+    @staticmethod
+    def block(canonical: str) -> int:
+        """1-based number of the block of a canonical name."""
+        return int(canonical.split(".")[1]) + 1
+
+
+def find_decoder(sizes: Mapping[str, int], argument: str) -> Decoder:
+    """The decoder among names of tensors or modules.
+
+    Args:
+        sizes: name -> number of elements.
+        argument: what errors call the model.
+
+    Raises:
+        CheckpointError: no list of blocks, or one with a block missing.
+    """
+    weights: dict[str, int] = {}
+    numbers: dict[str, set[int]] = {}
+    for name, size in sizes.items():
+        match = _BLOCK.match(name)
+        if match is None:
+            continue
+        prefix = match["prefix"]
+        parts = prefix.lower().split(".")
+        if any(part.startswith(word) for part in parts for word in _OTHER_TOWERS) or is_projector(prefix):
+            continue
+        path = prefix + match["list"]
+        weights[path] = weights.get(path, 0) + size
+        numbers.setdefault(path, set()).add(int(match["number"]))
+    if not weights:
+        raise CheckpointError(f"{argument}: no list of decoder blocks (like model.layers.0 ...) among its names")
+    path = max(weights, key=lambda key: (weights[key], key))
+    blocks = max(numbers[path]) + 1
+    missing = sorted(set(range(blocks)) - numbers[path])
+    if missing:
+        raise CheckpointError(f"{argument}: block {path}.{missing[0]} is missing, of {blocks}")
+    return Decoder(path, blocks)
+
+
+def is_projector(name: str) -> bool:
+    """Whether a name lies in the layers between vision tower and decoder."""
+    return any(part in PROJECTOR_NAMES for part in name.split("."))
+
+
+def is_router(canonical: str) -> bool:
+    """Whether a layer chooses experts; routers are left as the task made them."""
+    rest = canonical.split(".", 3)[-1]
+    return rest in _ROUTERS or rest.rpartition(".")[2] == "router"
+
+
+def expert_input(canonical: str) -> str | None:
+    """The input of one expert's matrix, by the expert's number; ``None`` for other layers.
+
+    >>> expert_input("layers.0.mlp.experts.3.down_proj")
+    'layers.0.experts.3.out'
+    """
+    match = _EXPERT.match(canonical)
+    if match is None:
+        return None
+    side = "out" if match["matrix"] in ("w2", "down_proj", "out") else "in"
+    return f"{match['block']}.experts.{match['number']}.{side}"

@@ -1,0 +1,426 @@
+"""What will happen to every tensor, decided from headers alone: merged, copied or skipped, with the reason."""
+
+from __future__ import annotations
+
+import fnmatch
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from hashlib import sha256
+from typing import Literal
+
+from hpa.calibration import PROJECTOR_NAMES
+from hpa.checkpoint.adapter import Adapter, Factors, match_names
+from hpa.checkpoint.files import CheckpointError, Folder, TensorInfo, fingerprint
+from hpa.checkpoint.names import Decoder, expert_input, find_decoder, is_projector, is_router
+
+__all__ = ["Entry", "Layer", "Plan", "Shard", "elements", "make_plan", "model_fingerprint", "model_layers"]
+
+Fate = Literal["merged", "copied", "skipped"]
+_QUANTISED = ("qweight", "qzeros", "weight_scale", "weight_packed", "absmax", "SCB", "weight_scale_inv")
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer that a method may edit.
+
+    Attributes:
+        name: canonical, see :mod:`hpa.checkpoint.names`.
+        block: 1-based decoder block; 0 for the projector.
+    """
+
+    name: str
+    block: int
+    blocks: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of the output (or, where skipped, of an input).
+
+    Attributes:
+        name: of the tensor.
+        fate: merged: edited by the method; copied: as AFTER has it; skipped: not in the output.
+        source: its bytes in AFTER (or the base, beside an adapter).
+        before: W_{t-1}, where merged.
+        factors: the adapter's update of it.
+        layer: which layer it is, where merged.
+        part: "A" or "B" where the output is an adapter.
+    """
+
+    name: str
+    fate: Fate
+    reason: str
+    source: TensorInfo
+    before: TensorInfo | None = None
+    factors: Factors | None = None
+    layer: Layer | None = None
+    part: str = ""
+
+    @property
+    def held(self) -> int:
+        """Bytes read for it."""
+        return self.source.size + (self.before.size if self.before is not None else 0)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One weight file of the output: its name, tensors in order, and metadata."""
+
+    name: str
+    entries: list[Entry]
+    metadata: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole job."""
+
+    shards: list[Shard]
+    skipped: list[Entry]
+    decoder: Decoder
+    layers: list[Layer] = field(default_factory=list)
+
+    @property
+    def entries(self) -> list[Entry]:
+        return [entry for shard in self.shards for entry in shard.entries]
+
+    @property
+    def output_size(self) -> int:
+        return sum(entry.source.size for entry in self.entries)
+
+    @property
+    def read_size(self) -> int:
+        return sum(entry.held for entry in self.entries)
+
+    @property
+    def largest(self) -> int:
+        """Bytes of the largest merged layer, both states."""
+        return max((entry.held for entry in self.entries if entry.fate == "merged"), default=0)
+
+
+def model_layers(
+    shapes: Mapping[str, tuple[int, ...]], decoder: Decoder, *, include_projector: bool = False
+) -> dict[str, tuple[Layer, str]]:
+    """The layers to edit, by canonical name, with the tensor that holds each.
+
+    Args:
+        shapes: tensor name -> shape.
+        decoder: of :func:`~hpa.checkpoint.names.find_decoder`.
+        include_projector: also the linear layers between vision tower and decoder, as block 0.
+    """
+    found: dict[str, tuple[Layer, str]] = {}
+    for name, shape in shapes.items():
+        if len(shape) != 2 or not name.endswith(".weight"):
+            continue
+        path = name.removesuffix(".weight")
+        canonical = decoder.canonical(path)
+        if canonical is not None:
+            if is_router(canonical) or canonical.endswith("relative_attention_bias") or "embed" in canonical:
+                continue
+            found[canonical] = (Layer(canonical, decoder.block(canonical), decoder.blocks), name)
+        elif include_projector and is_projector(path):
+            parts = path.split(".")
+            start = next(index for index, part in enumerate(parts) if part in PROJECTOR_NAMES)
+            canonical = ".".join(parts[start:])
+            found[canonical] = (Layer(canonical, 0, decoder.blocks), name)
+    return found
+
+
+def model_fingerprint(model: Folder, adapter: Adapter | None = None) -> str:
+    """Of a model's layers, or of a base with an adapter on it."""
+    decoder = find_decoder({name: elements(info.shape) for name, info in model.tensors.items()}, model.argument)
+    layers = model_layers({name: info.shape for name, info in model.tensors.items()}, decoder)
+    print_ = fingerprint(model, {name: tensor for name, (_, tensor) in layers.items()})
+    if adapter is None:
+        return print_
+    own = fingerprint(adapter.folder, {name: name for name in adapter.folder.tensors})
+    return sha256(f"{print_} {own} {adapter.folder.config.get('lora_alpha')}".encode()).hexdigest()[:32]
+
+
+def make_plan(
+    before: Folder,
+    after: Folder,
+    *,
+    adapter: Adapter | None = None,
+    known: Iterable[str] | None = None,
+    skip: Iterable[str] = (),
+    include_projector: bool = False,
+    save_as: Literal["full", "lora"] = "full",
+) -> Plan:
+    """Compare two checkpoints, or a base and an adapter, tensor by tensor.
+
+    Args:
+        before: the model before the task.
+        after: the model after it, or the adapter's folder.
+        adapter: of ``after``, where it is one.
+        known: canonical names of the layers that statistics exist for; ``None`` where the method needs none.
+        skip: patterns (``*.mlp.down_proj``) of layers to leave as the task made them.
+        include_projector: also edit the projector.
+        save_as: write a whole model, or the adapter again.
+
+    Raises:
+        CheckpointError: a layer that is expected and missing, of another shape, quantised, or without statistics.
+    """
+    skip = list(skip)
+    base = before if adapter is not None else after
+    _refuse_quantised(before)
+    _refuse_quantised(base)
+    decoder = find_decoder({name: elements(info.shape) for name, info in base.tensors.items()}, base.argument)
+    before_decoder = find_decoder(
+        {name: elements(info.shape) for name, info in before.tensors.items()}, before.argument
+    )
+    if decoder.blocks != before_decoder.blocks:
+        raise CheckpointError(
+            f"{after.argument}: has {decoder.blocks} decoder blocks, expected {before_decoder.blocks} as BEFORE has"
+        )
+    layers = _chosen(model_layers(_shapes(base), decoder, include_projector=include_projector), known, skip, after)
+    old = model_layers(_shapes(before), before_decoder, include_projector=include_projector)
+    for canonical, (_, name) in old.items():
+        if canonical not in layers and not _matches(canonical, skip):
+            raise CheckpointError(f"{after.argument}: layer {canonical} is missing; BEFORE has it as {name}")
+    for canonical, (_, name) in layers.items():
+        if canonical not in old:
+            raise CheckpointError(f"{before.argument}: layer {canonical} is missing; AFTER has it as {name}")
+    by_tensor = {name: layer for layer, name in layers.values() if not _matches(layer.name, skip)}
+    left_out = {name for layer, name in layers.values() if _matches(layer.name, skip)}
+    if adapter is not None:
+        return _plan_adapter(before, adapter, decoder, by_tensor, left_out, save_as)
+    if save_as == "lora":
+        raise CheckpointError("save-as: lora needs a LoRA adapter as AFTER, got a whole model")
+    return _plan_pair(
+        before, after, decoder, by_tensor, left_out, {name: old[name][1] for name in layers}, before_decoder
+    )
+
+
+def _plan_pair(
+    before: Folder,
+    after: Folder,
+    decoder: Decoder,
+    by_tensor: dict[str, Layer],
+    left_out: set[str],
+    before_names: dict[str, str],
+    before_decoder: Decoder,
+) -> Plan:
+    shards = []
+    used = set(before_names.values())
+    for file_name, file in after.files.items():
+        entries = []
+        for name, info in file.tensors.items():
+            layer = by_tensor.get(name)
+            if layer is None:
+                entries.append(Entry(name, "copied", _why_copied(name, info, decoder, left_out), info))
+                continue
+            old = before.tensors[before_names[layer.name]]
+            if old.shape != info.shape:
+                raise CheckpointError(
+                    f"{after.argument}: layer {layer.name} is {list(info.shape)}, "
+                    f"expected {list(old.shape)} as in BEFORE"
+                )
+            for where, tensor in (("BEFORE", old), ("AFTER", info)):
+                if not tensor.is_floating:
+                    raise CheckpointError(
+                        f"{where}: layer {layer.name} has dtype {tensor.dtype}, expected BF16, F16, F32 or F64"
+                    )
+            entries.append(
+                Entry(
+                    name,
+                    "merged",
+                    "linear layer of the decoder" if layer.block else "projector",
+                    info,
+                    old,
+                    None,
+                    layer,
+                )
+            )
+        shards.append(Shard(file_name, entries, file.metadata))
+    there = {_same_place(name, decoder) for name in after.tensors}
+    skipped = [
+        Entry(name, "skipped", "only in BEFORE", info)
+        for name, info in before.tensors.items()
+        if name not in used and _same_place(name, before_decoder) not in there
+    ]
+    return Plan(shards, skipped, decoder, list(by_tensor.values()))
+
+
+def _plan_adapter(
+    before: Folder,
+    adapter: Adapter,
+    decoder: Decoder,
+    by_tensor: dict[str, Layer],
+    left_out: set[str],
+    save_as: str,
+) -> Plan:
+    argument = adapter.folder.argument
+    factors = {
+        tensor: adapter.factors[path.removesuffix(".weight")]
+        for path, tensor in match_names(
+            [f"{path}.weight" for path in adapter.factors], before.tensors, argument
+        ).items()
+    }
+    replaced = {
+        tensor: adapter.replaced[path]
+        for path, tensor in match_names(adapter.replaced, before.tensors, argument).items()
+    }
+    for path, tensor in match_names(adapter.copies, before.tensors, argument).items():
+        if adapter.copies[path].shape != before.tensors[tensor].shape:
+            raise CheckpointError(
+                f"{argument}: {tensor} is {list(adapter.copies[path].shape)} in the adapter, expected "
+                f"{list(before.tensors[tensor].shape)} as in BEFORE; merge the adapter and pass the model"
+            )
+    for tensor, pair in factors.items():
+        if pair.shape != before.tensors[tensor].shape:
+            raise CheckpointError(
+                f"{argument}: the factors of {tensor} make {list(pair.shape)}, "
+                f"expected {list(before.tensors[tensor].shape)}"
+            )
+        if not before.tensors[tensor].is_floating:
+            raise CheckpointError(
+                f"BEFORE: {tensor} has dtype {before.tensors[tensor].dtype}, expected BF16, F16, F32 or F64"
+            )
+    layers = [by_tensor[tensor] for tensor in factors if tensor in by_tensor]
+    if save_as == "lora":
+        return Plan([_adapter_shard(before, adapter, factors, by_tensor)], [], decoder, layers)
+    shards = []
+    for file_name, file in before.files.items():
+        entries = []
+        for name, info in file.tensors.items():
+            own, layer = factors.get(name), by_tensor.get(name)
+            if name in replaced:
+                entries.append(
+                    Entry(
+                        name,
+                        "copied",
+                        "trained in full beside the adapter",
+                        _same_shape(replaced[name], info, argument),
+                    )
+                )
+            elif own is not None and layer is not None:
+                entries.append(
+                    Entry(
+                        name,
+                        "merged",
+                        "linear layer of the decoder" if layer.block else "projector",
+                        info,
+                        info,
+                        own,
+                        layer,
+                    )
+                )
+            elif own is not None:
+                reason = "left out as asked" if name in left_out else "outside the decoder's linear layers"
+                entries.append(Entry(name, "copied", f"{reason}: the adapter's update as trained", info, info, own))
+            else:
+                entries.append(Entry(name, "copied", "the adapter does not change it", info))
+        shards.append(Shard(file_name, entries, file.metadata))
+    return Plan(shards, [], decoder, layers)
+
+
+def _adapter_shard(before: Folder, adapter: Adapter, factors: dict[str, Factors], by_tensor: dict[str, Layer]) -> Shard:
+    halves: dict[str, tuple[str, str]] = {}
+    for tensor, pair in factors.items():
+        halves[pair.a.name] = (tensor, "A")
+        halves[pair.b.name] = (tensor, "B")
+    (file_name, file), *_ = adapter.folder.files.items()
+    entries = []
+    for name, info in file.tensors.items():
+        tensor, part = halves.get(name, ("", ""))
+        layer = by_tensor.get(tensor)
+        if layer is None:
+            entries.append(Entry(name, "copied", "no factor of a layer that is edited", info))
+        else:
+            entries.append(
+                Entry(
+                    name,
+                    "merged",
+                    "factor of a linear layer",
+                    info,
+                    before.tensors[tensor],
+                    factors[tensor],
+                    layer,
+                    part,
+                )
+            )
+    return Shard(file_name, entries, file.metadata)
+
+
+def _chosen(
+    layers: dict[str, tuple[Layer, str]], known: Iterable[str] | None, skip: list[str], after: Folder
+) -> dict[str, tuple[Layer, str]]:
+    """``layers``, checked against those that statistics are known for."""
+    if not layers:
+        raise CheckpointError(f"{after.argument}: no linear layers ([rows, cols] named *.weight) in its decoder blocks")
+    if known is None:
+        return layers
+    known = set(known)
+    without = [name for name in layers if not _matches(name, skip) and not _is_known(name, known)]
+    if without:
+        raise CheckpointError(
+            f"statistics: none for {len(without)} of {len(layers)} layers, the first is {without[0]}; "
+            "calibrate again, or leave such layers as the task made them with --skip"
+        )
+    inputs = {name for name in known if expert_input(name) is None}
+    lacking = sorted(inputs - set(layers))
+    if lacking:
+        raise CheckpointError(
+            f"{after.argument}: layer {lacking[0]} is missing ({len(lacking)} in all); the statistics have it"
+        )
+    return layers
+
+
+def _is_known(name: str, known: set[str]) -> bool:
+    return name in known or expert_input(name) in known
+
+
+def _why_copied(name: str, info: TensorInfo, decoder: Decoder, left_out: set[str]) -> str:
+    canonical = decoder.canonical(name.removesuffix(".weight"))
+    if name in left_out:
+        return "left out as asked"
+    if canonical is None:
+        return "outside the decoder"
+    if is_router(canonical):
+        return "router of experts"
+    if len(info.shape) == 3 and "expert" in name:
+        return "experts in one tensor: not edited"
+    if len(info.shape) < 2:
+        return "norm or bias"
+    return "not a linear layer"
+
+
+def _refuse_quantised(folder: Folder) -> None:
+    if "quantization_config" in folder.config or any(
+        name.rpartition(".")[2] in _QUANTISED or ".absmax" in name for name in folder.tensors
+    ):
+        raise CheckpointError(f"{folder.argument}: {folder.path} is quantised; save it in BF16, F16 or F32 first")
+    if str(folder.config.get("model_type", "")) in ("gpt2", "openai-gpt", "imagegpt", "decision_transformer"):
+        raise CheckpointError(
+            f"{folder.argument}: {folder.config['model_type']} keeps its layers as Conv1D [cols, rows]; "
+            "only linear layers [rows, cols] are edited"
+        )
+
+
+def _same_shape(info: TensorInfo, expected: TensorInfo, argument: str) -> TensorInfo:
+    if info.shape[1:] != expected.shape[1:]:
+        raise CheckpointError(f"{argument}: {info.name} is {list(info.shape)}, expected {list(expected.shape)}")
+    return info
+
+
+def _same_place(name: str, decoder: Decoder) -> str:
+    """A name that two spellings of one tensor share."""
+    canonical = decoder.canonical(name)
+    if canonical is not None:
+        return canonical
+    return ".".join(part for part in name.split(".") if part not in ("model", "language_model", "text_model"))
+
+
+def _matches(name: str, patterns: list[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _shapes(folder: Folder) -> dict[str, tuple[int, ...]]:
+    return {name: info.shape for name, info in folder.tensors.items()}
+
+
+def elements(shape: tuple[int, ...]) -> int:
+    """Numbers in a tensor of this shape."""
+    return math.prod(shape)

@@ -1,0 +1,561 @@
+"""``hpa adapt`` on checkpoints: the output is what the method makes of the same models in memory, tensor by tensor."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import peft
+import pytest
+import tiny_models
+import torch
+from checkpoint_pairs import Pair, all_tensors, gemma2, hpa, mixtral, qwen3_moe, rewrite, tokenizer, trained
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, CLIPImageProcessor, LlavaProcessor
+
+import hpa as library
+from hpa.checkpoint import CalibrationJob, CheckpointError, Folder, Job, Statistics, adapt_checkpoint, plan_job
+from hpa.checkpoint.adapt import check_files
+from hpa.checkpoint.calibrate import calibrate_checkpoint
+from hpa.data.encode import Encoder
+from hpa.data.files import read_conversations
+from hpa.methods import create_method
+
+
+def job(
+    pair: Pair, out: Path, method: str = "hpa", *, strength: float = 1.0, after: Path | None = None, **fields: Any
+) -> Job:
+    """A job that calibrates by itself, as the command line makes it."""
+    options = fields.pop("options", {})
+    after = after if after is not None else pair.after
+    is_adapter = (after / "adapter_config.json").is_file()
+    calibrations = {
+        "safety": CalibrationJob(pair.before, pair.safety, "safety", Path()),
+        "task": CalibrationJob(after, pair.task, "task", Path(), base=pair.before if is_adapter else None),
+    }
+    return Job(
+        pair.before,
+        after,
+        out,
+        create_method(method, **options).at_strength(strength),
+        calibrations=calibrations,
+        **fields,
+    )
+
+
+def in_memory(pair: Pair, method: str = "hpa", **options: Any) -> dict[str, torch.Tensor]:
+    """The edited weights as :func:`hpa.adapt` makes them, by name."""
+    kind = AutoModelForImageTextToText if "llava" in (pair.before / "config.json").read_text() else AutoModelForCausalLM
+    before, after = (kind.from_pretrained(folder) for folder in (pair.before, pair.after))
+    encoder = Encoder(pair.before)
+    sets = [list(encoder.batches(read_conversations(path).conversations)) for path in (pair.safety, pair.task)]
+    library.adapt(before, after, safety=sets[0], task=sets[1], method=create_method(method, **options))
+    return after.state_dict()
+
+
+def close(made: torch.Tensor, expected: torch.Tensor, before: torch.Tensor) -> None:
+    """Equal to what is left of rounding in the activations (of merged weights, of memory aligned otherwise) after a
+    few samples' Gram matrix was inverted with a ridge of 1e-4: a hundredth of the update at the very most."""
+    difference, update = ((tensor - expected).double().norm() for tensor in (made, before))
+    assert float(difference) <= 5e-3 * float(update) + 1e-7
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_output_is_what_the_method_makes_in_memory(tmp_path: Path, dtype: torch.dtype) -> None:
+    pair = Pair(tmp_path, tiny_models.llama, dtype=dtype)
+    result = adapt_checkpoint(job(pair, tmp_path / "out"))
+    assert len(result.edits) == 21
+    made = all_tensors(tmp_path / "out")
+    expected = in_memory(pair)
+    assert made.keys() == all_tensors(pair.after).keys()
+    for name, tensor in made.items():
+        assert tensor.dtype == dtype
+        assert torch.equal(tensor, expected[name]), name
+    assert any(not torch.equal(tensor, all_tensors(pair.after)[name]) for name, tensor in made.items())
+    assert {path.name for path in pair.after.glob("model*")} == {
+        path.name for path in (tmp_path / "out").glob("model*")
+    }
+    assert check_files(tmp_path / "out") == []
+
+
+@pytest.mark.parametrize("make", [tiny_models.qwen2, tiny_models.gpt_neox, gemma2], ids=["qwen2", "gpt_neox", "gemma2"])
+@pytest.mark.parametrize("method", ["hpa", "hpa_ls"])
+def test_families(tmp_path: Path, make: Any, method: str) -> None:
+    pair = Pair(tmp_path, make)
+    adapt_checkpoint(job(pair, tmp_path / "out", method))
+    made = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    expected = in_memory(pair, method)
+    for name, tensor in made.state_dict().items():
+        if method == "hpa":
+            assert torch.equal(tensor, expected[name]), name
+        else:
+            close(tensor, expected[name], all_tensors(pair.before).get(name, tensor))
+    made.generate(torch.tensor([[1, 5, 7]]), max_new_tokens=3)
+
+
+@pytest.mark.parametrize("method", ["seqft", "random", "magnitude", "scale"])
+def test_every_method_of_the_registry(tmp_path: Path, method: str) -> None:
+    pair = Pair(tmp_path, tiny_models.llama)
+    adapt_checkpoint(job(pair, tmp_path / "out", method))
+    made = all_tensors(tmp_path / "out")
+    if method == "random":  # draws by layer names, which differ
+        assert made.keys() == all_tensors(pair.after).keys()
+        return
+    expected = in_memory(pair, method)
+    for name, tensor in made.items():
+        assert torch.equal(tensor, expected[name]), name
+
+
+def test_names_of_transformers_4_and_5(tmp_path: Path) -> None:
+    """A model whose files spell the path to its decoder in the new way gives the same numbers under the new names."""
+    old, new = Pair(tmp_path / "old", tiny_models.llava), Pair(tmp_path / "new", tiny_models.llava)
+
+    def newer(name: str) -> str:
+        if name.startswith("language_model.model."):
+            return "model.language_model." + name.removeprefix("language_model.model.")
+        return name.removeprefix("language_model.") if "lm_head" in name else f"model.{name}"
+
+    for folder in (new.before, new.after):
+        rewrite(folder, lambda tensors: {newer(name): tensor for name, tensor in tensors.items()})
+    for pair in (new, old):
+        adapt_checkpoint(job(pair, pair.root / "out"))
+    first, second = all_tensors(old.root / "out"), all_tensors(new.root / "out")
+    assert "language_model.model.layers.0.mlp.up_proj.weight" in first
+    assert "model.language_model.layers.0.mlp.up_proj.weight" in second
+    assert {newer(name) for name in first} == second.keys()
+    for name, tensor in first.items():
+        assert torch.equal(tensor, second[newer(name)]), name
+    expected = in_memory(old)
+    for name, tensor in second.items():
+        assert torch.equal(tensor, expected[name]), name
+    # One in the old way, one in the new: the output is spelt as AFTER is.
+    mixed = Job(old.before, new.after, tmp_path / "mixed", create_method("magnitude"))
+    adapt_checkpoint(mixed)
+    assert all_tensors(tmp_path / "mixed").keys() == second.keys()
+
+
+@pytest.mark.parametrize(
+    ("make", "parent"), [(mixtral, "block_sparse_moe"), (qwen3_moe, "mlp")], ids=["mixtral", "qwen3_moe"]
+)
+def test_experts(tmp_path: Path, make: Any, parent: str) -> None:
+    """Each expert's matrices are edited with the statistics of the tokens that reach it, recomputed here by hand."""
+    pair = Pair(tmp_path, make)
+    made_from = adapt_checkpoint(job(pair, tmp_path / "out", "hpa", options={"focus_ratio": 1.5}))
+    names = {edit["name"] for edit in made_from.edits}
+    assert any(".experts." in name for name in names)
+    assert not any("gate.weight" in edit["tensor"] and ".experts." not in edit["tensor"] for edit in made_from.edits)
+    before, after, made = (all_tensors(folder) for folder in (pair.before, pair.after, tmp_path / "out"))
+    states = {"safety": pair.before, "task": pair.after}
+    grams: dict[tuple[str, str], np.ndarray] = {}
+    for role, folder in states.items():
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        encoder = Encoder(folder)
+        seen: dict[str, list[torch.Tensor]] = {}
+
+        def watch(path: str, module: Any, seen: dict[str, list[torch.Tensor]] = seen) -> Any:
+            def hook(_: Any, arguments: Any) -> None:
+                hidden, chosen, _weights = arguments
+                for expert in range(module.gate_up_proj.shape[0]):
+                    rows = hidden[(chosen == expert).any(dim=1)]
+                    seen.setdefault(f"{path}.{expert}.in", []).append(rows)
+                    gate, up = (rows @ module.gate_up_proj[expert].T).chunk(2, dim=-1)
+                    seen.setdefault(f"{path}.{expert}.out", []).append(torch.nn.functional.silu(gate) * up)
+
+            return hook
+
+        for path, module in model.named_modules():
+            if path.endswith("experts"):
+                module.register_forward_pre_hook(watch(path, module))
+        with torch.no_grad():
+            for batch in encoder.batches(read_conversations(getattr(pair, role)).conversations):
+                model.model(**{key: value for key, value in batch.items() if key != "labels"})
+        for key, rows in seen.items():
+            x = torch.cat(rows).double().numpy()
+            grams[role, key] = 2 * x.T @ x / max(len(x), 1)
+    checked = 0
+    for name in made:
+        if ".experts." not in name:
+            continue
+        side = "out" if name.endswith(("down_proj.weight", "w2.weight")) else "in"
+        key = name.replace(parent, "mlp").rsplit(".", 2)[0] + f".{side}"
+        edit = next(edit for edit in made_from.edits if edit["tensor"] == name)
+        if not grams["safety", key].any() or not grams["task", key].any():
+            assert "skipped" in edit
+            assert torch.equal(made[name], after[name])
+            continue
+        diagonals = []
+        for role in ("safety", "task"):
+            gram = grams[role, key]
+            damped = gram + 0.01 * np.mean(np.diag(gram)) * np.eye(len(gram))
+            diagonals.append(torch.from_numpy(np.diag(np.linalg.inv(damped)).copy()))
+        expected = library.adapt_layer(
+            before[name],
+            after[name],
+            *diagonals,
+            layer=edit["block"],
+            layers=2,
+            config=library.AdaptConfig(focus_ratio=1.5),
+        )
+        torch.testing.assert_close(made[name], expected.weight, rtol=1e-4, atol=1e-6)
+        checked += 1
+    assert checked >= 6
+
+
+def adapter_of(pair: Pair, name: str = "adapter", **options: Any) -> Path:
+    """A LoRA folder on ``before``, with factors that are not zero."""
+    model = AutoModelForCausalLM.from_pretrained(pair.before)
+    wrapped = tiny_models.with_lora(model, **options)
+    folder = pair.root / name
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # that the head is saved as well
+        wrapped.save_pretrained(folder)
+    return folder
+
+
+def adapted(model: Any, folder: Path) -> peft.PeftModel:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers for a property by its old name
+        return peft.PeftModel.from_pretrained(model, folder)
+
+
+LORA = {
+    "plain": {"rank": 3},
+    "patterns": {
+        "rank": 2,
+        "rank_pattern": {"q_proj": 5, "layers.1.mlp.down_proj": 1},
+        "alpha_pattern": {"mlp.up_proj": 7},
+    },
+    "rslora": {"rank": 3, "use_rslora": True},
+    "some layers": {"rank": 2, "targets": ["q_proj", "down_proj"]},
+    "and the head": {"rank": 2, "targets": ["q_proj", "lm_head"]},
+}
+
+
+@pytest.mark.parametrize("options", LORA.values(), ids=LORA.keys())
+@pytest.mark.parametrize("method", ["hpa", "hpa_ls"])
+def test_adapter_in_whole_model_out(tmp_path: Path, options: dict[str, Any], method: str) -> None:
+    pair = Pair(tmp_path, tiny_models.llama)
+    folder = adapter_of(pair, **options)
+    adapt_checkpoint(job(pair, tmp_path / "out", method, after=folder))
+    model = AutoModelForCausalLM.from_pretrained(pair.before)
+    wrapped = adapted(model, folder)
+    encoder = Encoder(pair.before)
+    sets = [list(encoder.batches(read_conversations(path).conversations)) for path in (pair.safety, pair.task)]
+    library.adapt(None, wrapped, safety=sets[0], task=sets[1], method=method)
+    expected = wrapped.merge_and_unload().state_dict()
+    made = all_tensors(tmp_path / "out")
+    assert made.keys() == all_tensors(pair.before).keys()
+    before = all_tensors(pair.before)
+    for name, tensor in made.items():
+        close(tensor, expected[name], before[name])
+    name = "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(made[name], before[name])
+
+
+@pytest.mark.parametrize("method", ["hpa_ls", "hpa"])
+def test_adapter_in_adapter_out(tmp_path: Path, method: str) -> None:
+    pair = Pair(tmp_path, tiny_models.llama)
+    folder = adapter_of(pair, rank=3)
+    options = {"proj": "off"} if method == "hpa" else {}
+    adapt_checkpoint(job(pair, tmp_path / "whole", method, after=folder, options=options))
+    adapt_checkpoint(job(pair, tmp_path / "lora", method, after=folder, options=options, save_as="lora"))
+    base = AutoModelForCausalLM.from_pretrained(pair.before)
+    made = adapted(base, tmp_path / "lora").merge_and_unload().state_dict()
+    for name, tensor in all_tensors(tmp_path / "whole").items():
+        torch.testing.assert_close(tensor, made[name], rtol=1e-5, atol=1e-6)
+
+
+def test_adapter_out_is_refused_where_the_base_changes(tmp_path: Path) -> None:
+    pair = Pair(tmp_path, tiny_models.llama)
+    folder = adapter_of(pair, rank=3)
+    with pytest.raises(CheckpointError, match="save-as: lora cannot hold the edit of layer .* proj=off"):
+        adapt_checkpoint(job(pair, tmp_path / "lora", after=folder, save_as="lora"))
+    with pytest.raises(CheckpointError, match="save-as: lora needs a LoRA adapter as AFTER"):
+        adapt_checkpoint(job(pair, tmp_path / "lora", save_as="lora"))
+
+
+def test_statistics_are_taken_from_files(tmp_path: Path) -> None:
+    pair = Pair(tmp_path, tiny_models.llama)
+    hpa("adapt", pair.before, pair.after, *pair.data(), "--out", tmp_path / "first")
+    files = []
+    for model, data, role in ((pair.before, pair.safety, "safety"), (pair.after, pair.task, "task")):
+        files += ["--statistics", tmp_path / f"{role}.safetensors"]
+        hpa("calibrate", model, data, "--as", role, "-o", tmp_path / f"{role}.safetensors", "--gram")
+    hpa("adapt", pair.before, pair.after, *files, "--out", tmp_path / "second")
+    first, second = all_tensors(tmp_path / "first"), all_tensors(tmp_path / "second")
+    assert all(torch.equal(tensor, second[name]) for name, tensor in first.items())
+    # The same command again finds its result; other settings are refused, and nothing is touched.
+    again = hpa("adapt", pair.before, pair.after, *files, "--out", tmp_path / "second")
+    assert "there already" in again.stdout
+    other = hpa("adapt", pair.before, pair.after, *files, "--out", tmp_path / "second", "--strength", "2", code=2)
+    assert "p_max: 15.0 then, 30.0 now" in other.stderr
+    wrong = hpa("adapt", pair.after, pair.before, *files, "--out", tmp_path / "third", "--skip", "*", code=0)
+    assert "edited" in wrong.stdout
+    halves = hpa("adapt", pair.before, pair.after, *files[:2], "--out", tmp_path / "fourth", code=2)
+    assert "needs those of the task set" in halves.stderr
+
+
+def test_memory_goes_from_edit_to_edit(tmp_path: Path) -> None:
+    """Two tasks, each edited with the memory of those before, as one method object does it in memory."""
+    pair = Pair(tmp_path, tiny_models.llama)
+    adapt_checkpoint(job(pair, tmp_path / "one", "hpa_ls"))
+    second = tmp_path / "second"
+    trained(AutoModelForCausalLM.from_pretrained(tmp_path / "one"), seed=5).save_pretrained(second)
+    tokenizer().save_pretrained(second)
+    tokenizer().save_pretrained(tmp_path / "one")
+    next_job = job(pair, tmp_path / "two", "hpa_ls", after=second, memory=tmp_path / "one" / "hpa-memory.safetensors")
+    next_job = Job(
+        tmp_path / "one",
+        second,
+        tmp_path / "two",
+        next_job.method,
+        calibrations={
+            "safety": CalibrationJob(tmp_path / "one", pair.safety, "safety", Path()),
+            "task": CalibrationJob(second, pair.task, "task", Path()),
+        },
+        memory=tmp_path / "one" / "hpa-memory.safetensors",
+    )
+    adapt_checkpoint(next_job)
+    method = create_method("hpa_ls")
+    encoder = Encoder(pair.before)
+    sets = [list(encoder.batches(read_conversations(path).conversations)) for path in (pair.safety, pair.task)]
+    states = [AutoModelForCausalLM.from_pretrained(folder) for folder in (pair.before, pair.after, second)]
+    library.adapt(states[0], states[1], safety=sets[0], task=sets[1], method=method)
+    library.adapt(states[1], states[2], safety=sets[0], task=sets[1], method=method)
+    expected = states[2].state_dict()
+    for name, tensor in all_tensors(tmp_path / "two").items():
+        assert torch.equal(tensor, expected[name]), name
+    held = load_file(tmp_path / "two" / "hpa-memory.safetensors")
+    assert int(held["tasks.layers.0.self_attn.q_proj"]) == 2
+    for key, value in method.state_dict().items():
+        if key.startswith("memory."):
+            name = key.replace("memory.model.", "memory.")
+            torch.testing.assert_close(held[name], value, rtol=0, atol=0)
+
+
+def test_compact_grams_hold_what_they_say(tmp_path: Path) -> None:
+    pair = Pair(tmp_path, tiny_models.llama)
+    whole, compact = (
+        calibrate_checkpoint(
+            CalibrationJob(pair.before, pair.safety, "safety", tmp_path / name, want=frozenset({"gram"}), energy=energy)
+        )
+        for name, energy in (("whole.safetensors", None), ("compact.safetensors", 0.9))
+    )
+    assert whole is not None
+    assert compact is not None
+    shorter = 0
+    for key, about in compact.info.inputs.items():
+        exact, near = whole.read(key, frozenset({"gram"})).gram, compact.read(key, frozenset({"gram"})).gram
+        assert exact is not None
+        assert near is not None
+        exact, near = (gram.tril() + gram.tril(-1).T for gram in (exact.double(), near.double()))
+        share = float(near.trace() / exact.trace())
+        assert share == pytest.approx(about.energy, abs=1e-5)
+        assert share >= 0.9 - 1e-6
+        assert float(torch.linalg.eigvalsh(exact - near).min()) > -1e-5 * float(exact.trace())
+        shorter += f"vectors.{key}" in compact.file.tensors
+    assert shorter > 0
+
+
+def test_plan_tells_the_fate_of_every_tensor(tmp_path: Path) -> None:
+    pair = Pair(tmp_path, tiny_models.llava)
+    plan = plan_job(job(pair, tmp_path / "out"))
+    fates = {entry.name: (entry.fate, entry.reason) for entry in plan.entries}
+    assert fates.keys() == all_tensors(pair.after).keys()
+    assert fates["language_model.model.layers.0.mlp.up_proj.weight"][0] == "merged"
+    assert fates["language_model.lm_head.weight"] == ("copied", "outside the decoder")
+    vision = [name for name in fates if "vision" in name]
+    assert vision
+    assert all(fates[name][0] == "copied" for name in vision)
+    skipped = plan_job(job(pair, tmp_path / "out", skip=("*.mlp.*",)))
+    assert {entry.name for entry in skipped.entries if entry.reason == "left out as asked"} == {
+        name for name in fates if ".mlp." in name and "language_model" in name
+    }
+    shown = hpa(
+        "adapt", pair.before, pair.after, *pair.data(), "--dry-run", env={**os.environ, "COLUMNS": "160"}
+    ).stdout
+    assert "14 tensors merged" in shown
+    assert not (tmp_path / "out").exists()
+
+
+def test_everything_goes_along(tmp_path: Path) -> None:
+    """Side files are copied, pickles are not, and the folder says what was done."""
+    pair = Pair(tmp_path, tiny_models.llama)
+    (pair.after / "nested").mkdir()
+    (pair.after / "nested" / "note.txt").write_text("kept")
+    (pair.after / "optimizer.pt").write_bytes(b"\x80\x04")
+    (pair.after / "README.md").write_text("---\nlicense: mit\n---\n# Mine\n")
+    old = os.umask(0o027)
+    try:
+        adapt_checkpoint(job(pair, tmp_path / "out"))
+    finally:
+        os.umask(old)
+    out = tmp_path / "out"
+    assert (out / "nested" / "note.txt").read_text() == "kept"
+    assert not (out / "optimizer.pt").exists()
+    summary = json.loads((out / "hpa.json").read_text())
+    assert summary["files_not_copied"] == {"optimizer.pt": "pickle file (can run code)"}
+    assert len(summary["tensors"]) == 30
+    card = (out / "README.md").read_text()
+    assert card.startswith("---\nlicense: mit")
+    assert "Safety edit" in card
+    page = (out / "report.html").read_text()
+    assert "layers.2.mlp.down_proj" in page
+    assert "<script" not in page
+    for path in out.rglob("*"):
+        if path.is_file():
+            assert path.stat().st_mode & 0o777 == 0o640, path
+    (out / "nested" / "note.txt").write_text("lost")
+    assert check_files(out) == ["nested/note.txt: changed since it was written"]
+
+
+def test_strength_is_one_knob(tmp_path: Path) -> None:
+    pair = Pair(tmp_path, tiny_models.llama)
+    kept = []
+    for strength in (0.5, 1.0, 3.0):
+        result = adapt_checkpoint(job(pair, tmp_path / f"out{strength}", strength=strength))
+        kept.append(sum(int(edit["kept"]) for edit in result.edits))
+    assert kept[0] < kept[1] < kept[2]
+    left = []
+    for strength in (0.1, 1.0, 10.0):
+        result = adapt_checkpoint(job(pair, tmp_path / f"ls{strength}", "hpa_ls", strength=strength))
+        left.append(sum(float(edit["kept_inputs_change_left"]) for edit in result.edits))
+    assert left[0] > left[1] > left[2]
+    with pytest.raises(ValueError, match="method 'seqft' has none to set, got 2"):
+        create_method("seqft").at_strength(2.0)
+    with pytest.raises(ValueError, match="strength: expected a positive number, got 0"):
+        create_method("hpa").at_strength(0.0)
+
+
+def test_projector_is_edited_where_it_was_calibrated(tmp_path: Path) -> None:
+    pair = Pair(tmp_path, tiny_models.llava)
+    result = adapt_checkpoint(job(pair, tmp_path / "out", "magnitude"))
+    assert all(edit["block"] for edit in result.edits)
+
+
+def test_statistics_of_other_weights_are_refused(tmp_path: Path) -> None:
+    pair, other = (
+        Pair(tmp_path / "a", tiny_models.llama),
+        Pair(tmp_path / "b", lambda seed: tiny_models.llama(seed + 7)),
+    )
+    path = tmp_path / "safety.safetensors"
+    calibrate_checkpoint(CalibrationJob(other.before, other.safety, "safety", path))
+    wrong = job(pair, tmp_path / "out", statistics={"safety": path})
+    with pytest.raises(CheckpointError, match="whose weights are neither those of BEFORE nor of AFTER"):
+        adapt_checkpoint(wrong)
+    adapt_checkpoint(job(pair, tmp_path / "out", statistics={"safety": path}, any_statistics=True))
+    with pytest.raises(CheckpointError, match="is of the safety set, expected the task set"):
+        plan_job(job(pair, tmp_path / "out2", statistics={"task": path}))
+    assert Statistics(path).info.role == "safety"
+
+
+def test_aligned_weights_can_be_the_anchor(tmp_path: Path) -> None:
+    pair = Pair(tmp_path, tiny_models.llama)
+    aligned = tmp_path / "aligned"
+    trained(tiny_models.llama(0), seed=9).save_pretrained(aligned)
+    options = {"anchor": "aligned", "proj": "off"}
+    result = adapt_checkpoint(job(pair, tmp_path / "out", options=options, aligned=aligned))
+    made, anchor, after = (all_tensors(folder) for folder in (tmp_path / "out", aligned, pair.after))
+    for edit in result.edits:
+        name = edit["tensor"]
+        back = (made[name] == anchor[name]).all(dim=0)
+        assert int(back.sum()) == edit["kept"]
+        assert torch.equal(made[name][:, ~back], after[name][:, ~back])
+    with pytest.raises(CheckpointError, match="aligned: needed with anchor=aligned"):
+        adapt_checkpoint(job(pair, tmp_path / "out2", options=options))
+
+
+def test_layers_that_differ_are_named(tmp_path: Path) -> None:
+    pair = Pair(tmp_path, tiny_models.llama)
+    found = json.loads((hpa_json(pair, tmp_path)).read_text())
+    changed = [item["name"] for item in found if item["change_norm"] > 0]
+    assert len(changed) == 30
+    folder = adapter_of(pair, rank=2, targets=["q_proj"])
+    shown = hpa("compare", pair.before, folder).stdout
+    assert "3 tensors differ, 27 are equal" in shown
+
+
+def hpa_json(pair: Pair, root: Path) -> Path:
+    hpa("compare", pair.before, pair.after, "--json", root / "compare.json")
+    return root / "compare.json"
+
+
+def test_inspect_and_sweep_look_without_touching(tmp_path: Path) -> None:
+    pair = Pair(tmp_path, tiny_models.llama)
+    files = []
+    for model, data, role in ((pair.before, pair.safety, "safety"), (pair.after, pair.task, "task")):
+        files += ["--statistics", tmp_path / f"{role}.safetensors"]
+        hpa("calibrate", model, data, "--as", role, "-o", tmp_path / f"{role}.safetensors", "--gram")
+    assert "21 linear layers in the decoder" in hpa("inspect", pair.before).stdout
+    assert "statistics of the task set" in hpa("inspect", tmp_path / "task.safetensors", "--all").stdout
+    hpa("sweep", pair.before, pair.after, *files, "-o", tmp_path / "sweep", "--strengths", "0.5,1,2")
+    rows = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    assert [row["strength"] for row in rows] == [0.5, 1.0, 2.0]
+    assert rows[0]["kept"] < rows[1]["kept"] < rows[2]["kept"]
+    assert (tmp_path / "sweep" / "sweep.svg").read_text().count("<svg") == 1
+    # What the sweep says of strength 1 is what an edit at that strength does.
+    hpa("adapt", pair.before, pair.after, *files, "--out", tmp_path / "out")
+    edits = json.loads((tmp_path / "out" / "hpa.json").read_text())["layers"]
+    assert rows[1]["kept"] == pytest.approx(np.mean([edit["kept"] / edit["cols"] for edit in edits]))
+    whole = sum(edit["change_norm"] ** 2 for edit in edits)
+    before, made = all_tensors(pair.before), all_tensors(tmp_path / "out")
+    left = sum(float((made[edit["tensor"]] - before[edit["tensor"]]).double().square().sum()) for edit in edits)
+    assert rows[1]["update_left"] == pytest.approx(left / whole, rel=1e-4)
+
+
+def test_extra_tensors_are_accounted_for(tmp_path: Path) -> None:
+    pair = Pair(tmp_path, tiny_models.llama)
+    tensors = load_file(pair.before / "model.safetensors")
+    tensors["model.old_buffer"] = torch.zeros(3)
+    save_file(tensors, pair.before / "model.safetensors", metadata={"format": "pt"})
+    plan = plan_job(job(pair, tmp_path / "out"))
+    assert [(entry.name, entry.reason) for entry in plan.skipped] == [("model.old_buffer", "only in BEFORE")]
+    assert Folder(pair.before, "BEFORE").tensors["model.old_buffer"].shape == (3,)
+
+
+def test_pictures_go_through_the_models_own_processor(tmp_path: Path) -> None:
+    """A LLaVA with its processor: the statistics are those of the model fed by hand with the same pixels."""
+    pair = Pair(tmp_path, tiny_models.llava)
+    for folder in (pair.before, pair.after):
+        llava_processor().save_pretrained(folder)
+    Image.new("RGB", (9, 7), (250, 20, 20)).save(tmp_path / "red.png")
+    pair.task.write_text(json.dumps({"image": "red.png", "prompt": "what color", "response": "blue"}))
+    made = calibrate_checkpoint(
+        CalibrationJob(pair.after, pair.task, "task", tmp_path / "t.safetensors", want=frozenset({"gram"}))
+    )
+    assert made is not None
+    processor = llava_processor()
+    inputs = processor(
+        text=["<image>\nwhat color\nblue"], images=[[Image.open(tmp_path / "red.png")]], return_tensors="pt"
+    )
+    assert int((inputs["input_ids"] == tiny_models.IMAGE_TOKEN).sum()) == tiny_models.PATCHES
+    model = AutoModelForImageTextToText.from_pretrained(pair.after)
+    name = "model.language_model.layers.1.mlp.down_proj"
+    x = tiny_models.inputs_by_forward(model, [dict(inputs)], [name])[name]
+    gram = made.read("layers.1.mlp.down_proj", frozenset({"gram"})).gram
+    assert gram is not None
+    np.testing.assert_allclose(gram.tril().numpy(), np.tril(2 * x.T @ x / len(x)), rtol=1e-4, atol=1e-7)
+    adapt_checkpoint(job(pair, tmp_path / "out"))
+    assert torch.isfinite(all_tensors(tmp_path / "out")["language_model.lm_head.weight"]).all()
+
+
+def llava_processor() -> Any:
+    own = tokenizer()
+    while len(own) < tiny_models.IMAGE_TOKEN:
+        own.add_tokens([f"filler{len(own)}"])
+    own.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    assert own.convert_tokens_to_ids("<image>") == tiny_models.IMAGE_TOKEN
+    sizes = {"size": {"height": 8, "width": 8}, "crop_size": {"height": 8, "width": 8}}
+    return LlavaProcessor(
+        image_processor=CLIPImageProcessor(**sizes),
+        tokenizer=own,
+        patch_size=4,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        image_token="<image>",
+    )

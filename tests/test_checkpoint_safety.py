@@ -1,0 +1,518 @@
+"""``hpa adapt`` and files: broken input is named, a kill costs nothing, several workers share one job."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny_models
+import torch
+from checkpoint_pairs import Pair, all_tensors, hpa, rewrite
+from safetensors.torch import load_file, save_file
+
+from hpa.checkpoint import CalibrationJob, CheckpointError, Job, adapt_checkpoint, calibrate_checkpoint, plan_job
+from hpa.checkpoint.claims import Claims
+from hpa.checkpoint.files import Folder, encode_header, read_tensor_file
+from hpa.checkpoint.stream import HashedFile, hash_file, read_ahead
+from hpa.methods import create_method
+
+Change = Callable[[Path], Any]
+
+
+def edited(folder: Path, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    def apply(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        change(tensors)
+        return tensors
+
+    rewrite(folder, apply)
+
+
+def first_shard(folder: Path) -> Path:
+    return min(folder.glob("*.safetensors"))
+
+
+def truncate(folder: Path) -> None:
+    path = first_shard(folder)
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def cut_header(folder: Path) -> None:
+    first_shard(folder).write_bytes(b"\x10")
+
+
+def not_safetensors(folder: Path) -> None:
+    first_shard(folder).write_bytes(b"PK\x03\x04" * 50)
+
+
+def wrong_offsets(folder: Path) -> None:
+    path = first_shard(folder)
+    data = path.read_bytes()
+    size = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + size])
+    name = next(key for key in header if key != "__metadata__")
+    header[name]["data_offsets"] = [0, 1 << 40]
+    raw = json.dumps(header).encode()
+    path.write_bytes(len(raw).to_bytes(8, "little") + raw + data[8 + size :])
+
+
+def wrong_index(folder: Path) -> None:
+    path = folder / "model.safetensors.index.json"
+    content = json.loads(path.read_text())
+    content["weight_map"]["model.no_such.weight"] = first_shard(folder).name
+    path.write_text(json.dumps(content))
+
+
+def lost_shard(folder: Path) -> None:
+    first_shard(folder).unlink()
+
+
+def no_config(folder: Path) -> None:
+    (folder / "config.json").unlink()
+
+
+def only_pickles(folder: Path) -> None:
+    for path in [*folder.glob("*.safetensors"), *folder.glob("*.index.json")]:
+        path.unlink()
+    (folder / "pytorch_model.bin").write_bytes(b"\x80\x04.")
+
+
+def nan_in_layer(folder: Path) -> None:
+    edited(folder, lambda tensors: tensors["model.layers.1.mlp.up_proj.weight"].__setitem__((3, 4), float("nan")))
+
+
+def inf_in_norm(folder: Path) -> None:
+    edited(folder, lambda tensors: tensors["model.norm.weight"].__setitem__(2, float("inf")))
+
+
+def missing_layer(folder: Path) -> None:
+    edited(folder, lambda tensors: tensors.pop("model.layers.1.mlp.up_proj.weight"))
+
+
+def missing_block(folder: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        for name in [name for name in tensors if ".layers.1." in name]:
+            del tensors[name]
+
+    edited(folder, change)
+
+
+def other_shape(folder: Path) -> None:
+    edited(folder, lambda tensors: tensors.update({"model.layers.1.mlp.up_proj.weight": torch.zeros(20, 16)}))
+
+
+def integers(folder: Path) -> None:
+    edited(
+        folder,
+        lambda tensors: tensors.update({"model.layers.1.mlp.up_proj.weight": torch.zeros(24, 16, dtype=torch.int8)}),
+    )
+
+
+def quantised(folder: Path) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": {"bits": 4}}))
+
+
+BROKEN: dict[str, tuple[Change, str]] = {
+    "truncated shard": (truncate, "truncated: its tensors end at byte"),
+    "one byte": (cut_header, "not a safetensors file"),
+    "another format": (not_safetensors, "not a safetensors file"),
+    "wrong offsets": (wrong_offsets, "its offsets say"),
+    "index of a tensor that is not there": (wrong_index, "the index puts 'model.no_such.weight' into"),
+    "shard that is not there": (lost_shard, "cannot be read \\(No such file or directory\\)"),
+    "no config": (no_config, "AFTER: .* has neither config.json nor adapter_config.json"),
+    "pickle alone": (only_pickles, "pytorch_model.bin is a pickle file and is not read"),
+    "NaN in a layer": (nan_in_layer, "layer layers.1.mlp.up_proj: the change of column 4 is not finite"),
+    "Inf in a norm": (inf_in_norm, "AFTER: tensor 'model.norm.weight' holds NaN or Inf"),
+    "layer that is missing": (missing_layer, "AFTER: layer layers.1.mlp.up_proj is missing"),
+    "block that is missing": (missing_block, "AFTER: block model.layers.1 is missing"),
+    "another shape": (
+        other_shape,
+        r"AFTER: layer layers.1.mlp.up_proj is \[20, 16\], expected \[24, 16\] as in BEFORE",
+    ),
+    "integers": (integers, "AFTER: layer layers.1.mlp.up_proj has dtype I8"),
+    "quantised": (quantised, "is quantised; save it in BF16, F16 or F32 first"),
+}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """A pair that tests copy and break."""
+    return Pair(tmp_path_factory.mktemp("pair"), tiny_models.llama)
+
+
+def copied(pair: Pair, root: Path) -> Pair:
+    import shutil
+
+    shutil.copytree(pair.root, root, dirs_exist_ok=True)
+    other = object.__new__(Pair)
+    other.root, other.before, other.after = root, root / "before", root / "after"
+    other.safety, other.task = root / "safety.json", root / "task.jsonl"
+    return other
+
+
+@pytest.mark.parametrize(("change", "message"), BROKEN.values(), ids=BROKEN.keys())
+def test_broken_input_is_named(whole: Pair, tmp_path: Path, change: Change, message: str) -> None:
+    pair = copied(whole, tmp_path)
+    change(pair.after)
+    out = tmp_path / "out"
+    with pytest.raises(ValueError, match=message):
+        adapt_checkpoint(Job(pair.before, pair.after, out, create_method("magnitude")))
+    assert not out.exists()
+
+
+def test_error_in_the_command_is_one_line(whole: Pair, tmp_path: Path) -> None:
+    pair = copied(whole, tmp_path)
+    nan_in_layer(pair.after)
+    done = hpa("adapt", pair.before, pair.after, "-m", "magnitude", "--out", tmp_path / "out", code=2)
+    assert done.stderr.strip().splitlines()[-1].startswith("error: layer layers.1.mlp.up_proj: the change of column 4")
+    (pair.before / "tokenizer.json").unlink()
+    done = hpa("calibrate", pair.before, pair.safety, "--as", "safety", "-o", tmp_path / "s.safetensors", code=2)
+    assert "no tokenizer that transformers can load" in done.stderr
+
+
+def test_output_may_not_touch_the_inputs(whole: Pair, tmp_path: Path) -> None:
+    pair = copied(whole, tmp_path)
+    method = create_method("magnitude")
+    for out in (pair.before, pair.after, pair.after / "inside", tmp_path):
+        with pytest.raises(CheckpointError, match="--out: .* (lies in|or holds it)"):
+            adapt_checkpoint(Job(pair.before, pair.after, out, method))
+    link = tmp_path / "link"
+    link.symlink_to(pair.after)
+    with pytest.raises(CheckpointError, match="choose another folder"):
+        adapt_checkpoint(Job(pair.before, pair.after, link, method))
+    busy = tmp_path / "busy"
+    busy.mkdir()
+    (busy / "mine.txt").write_text("keep")
+    with pytest.raises(CheckpointError, match="exists and is not empty"):
+        adapt_checkpoint(Job(pair.before, pair.after, busy, method))
+    assert (busy / "mine.txt").read_text() == "keep"
+
+
+def test_full_disk_is_an_error_and_can_be_gone_on_from(
+    whole: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = Job(whole.before, whole.after, tmp_path / "out", create_method("magnitude"))
+    import shutil
+
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(CheckpointError, match="the output takes .* GB more and .* has .* GB free"):
+        adapt_checkpoint(job)
+    monkeypatch.undo()
+
+    real = HashedFile.write
+    calls = 0
+
+    def write(self: HashedFile, data: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls > 8:
+            raise OSError(28, "No space left on device")
+        real(self, data)
+
+    monkeypatch.setattr(HashedFile, "write", write)
+    with pytest.raises(OSError, match="No space left"):
+        adapt_checkpoint(job)
+    assert not (tmp_path / "out").exists()
+    monkeypatch.undo()
+    adapt_checkpoint(job)
+    adapt_checkpoint(Job(whole.before, whole.after, tmp_path / "again", create_method("magnitude")))
+    assert same_files(tmp_path / "out", tmp_path / "again")
+
+
+def same_files(first: Path, second: Path) -> bool:
+    names = [{path.name for path in folder.glob("*.safetensors")} for folder in (first, second)]
+    assert names[0] == names[1]
+    return all((first / name).read_bytes() == (second / name).read_bytes() for name in names[0])
+
+
+def test_changed_input_is_noticed_when_a_job_goes_on(
+    whole: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = copied(whole, tmp_path)
+    job = Job(pair.before, pair.after, tmp_path / "out", create_method("magnitude"))
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hpa.checkpoint.adapt._finish", stop)
+    with pytest.raises(KeyboardInterrupt):
+        adapt_checkpoint(job)
+    monkeypatch.undo()
+    os.utime(first_shard(pair.after), ns=(1, 1))
+    with pytest.raises(CheckpointError, match=r"the beginning of another job \(inputs.AFTER/model.*changed_ns"):
+        adapt_checkpoint(job)
+    with pytest.raises(CheckpointError, match="settings.method: magnitude then, random now"):
+        adapt_checkpoint(Job(pair.before, pair.after, tmp_path / "out", create_method("random")))
+
+
+SLOW = """
+import sys, time
+import hpa.checkpoint.merge as merge
+from hpa.checkpoint.stream import HashedFile
+merge.NOTE_EVERY = 3000
+real = HashedFile.write
+def write(self, data):
+    time.sleep({pause})
+    real(self, data)
+HashedFile.write = write
+sys.argv[0] = "hpa"
+from hpa.cli import main
+main()
+"""
+
+
+def start(*arguments: Any, pause: float = 0.01) -> subprocess.Popen[str]:
+    """The command, slowed down and with notes every few kilobytes, so that a kill falls in the middle."""
+    return subprocess.Popen(
+        [sys.executable, "-c", SLOW.format(pause=pause), *map(str, arguments)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+@pytest.fixture(scope="module")
+def with_statistics(whole: Pair) -> list[Any]:
+    """Options that spare a calibration."""
+    options: list[Any] = []
+    for model, data, role in ((whole.before, whole.safety, "safety"), (whole.after, whole.task, "task")):
+        path = whole.root / f"{role}.safetensors"
+        calibrate_checkpoint(CalibrationJob(model, data, role, path, want=frozenset({"diagonal", "gram"})))
+        options += ["--statistics", path]
+    return options
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_it_goes_on(whole: Pair, with_statistics: list[Any], tmp_path: Path) -> None:
+    arguments = ["adapt", whole.before, whole.after, *with_statistics, "-q"]
+    process = start(*arguments, "--out", tmp_path / "whole")
+    assert process.wait(timeout=120) == 0, process.stderr
+    draw = random.Random(3)
+    began = time.monotonic()
+    kills = 0
+    for _ in range(40):
+        process = start(*arguments, "--out", tmp_path / "killed")
+        # Most of a process's life goes into imports: wait until it works, then a random moment longer.
+        stage = tmp_path / ".killed.hpa-part"
+        while process.poll() is None and not list(stage.glob("work/claims/*")):
+            time.sleep(0.005)
+        time.sleep(draw.uniform(0.0, 0.4))
+        if process.poll() is not None:
+            break
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        kills += 1
+        if time.monotonic() - began > 60:
+            break
+    process = start(*arguments, "--out", tmp_path / "killed", pause=0)
+    assert process.wait(timeout=120) == 0, process.communicate()[1]
+    assert kills >= 2
+    assert same_files(tmp_path / "whole", tmp_path / "killed")
+    assert not (tmp_path / ".killed.hpa-part").exists()
+    first, second = (
+        json.loads((tmp_path / name / "hpa-manifest.json").read_text())["files"] for name in ("whole", "killed")
+    )
+    assert first == second
+
+
+@pytest.mark.slow
+def test_workers_share_a_job_and_outlive_each_other(whole: Pair, with_statistics: list[Any], tmp_path: Path) -> None:
+    arguments = ["adapt", whole.before, whole.after, *with_statistics, "-q", "-m", "hpa_ls"]
+    alone = start(*arguments, "--out", tmp_path / "alone", pause=0)
+    assert alone.wait(timeout=120) == 0, alone.communicate()[1]
+    workers = [start(*arguments, "--out", tmp_path / "shared", pause=0.02) for _ in range(3)]
+    claims = tmp_path / ".shared.hpa-part" / "work" / "claims"
+    deadline = time.monotonic() + 100
+    while len(list(claims.glob("*"))) < 2 and time.monotonic() < deadline and workers[0].poll() is None:
+        time.sleep(0.01)
+    workers[0].kill()
+    for worker in workers[1:]:
+        assert worker.wait(timeout=120) == 0, worker.communicate()[1]
+    assert same_files(tmp_path / "alone", tmp_path / "shared")
+
+
+def test_a_claim_is_held_by_one_and_inherited(tmp_path: Path) -> None:
+    first, second = Claims(tmp_path), Claims(tmp_path)
+    with first.hold("shard") as mine:
+        assert mine is not None
+        mine()
+        with second.hold("shard") as other:
+            assert other is None
+    with second.hold("shard") as other:
+        assert other is not None
+    # A process of this machine that is gone leaves its claim to whoever comes.
+    (tmp_path / "left").write_text(json.dumps({"host": first._owner["host"], "pid": 2**22 + 1, "start": "1"}))
+    with second.hold("left") as other:
+        assert other is not None
+    # One of another machine counts as gone when its claim has stood still for long enough by our clock.
+    (tmp_path / "far").write_text(json.dumps({"host": "elsewhere", "pid": 1}))
+    with second.hold("far") as other:
+        assert other is None
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("hpa.checkpoint.claims.STALE", 0.05)
+        time.sleep(0.1)
+        with second.hold("far") as other:
+            assert other is not None
+    with first.hold("lost") as mine:
+        assert mine is not None
+        (tmp_path / "lost").write_text("{}")
+        with pytest.raises(RuntimeError, match="another worker took it over"):
+            mine()
+
+
+def test_written_file_has_the_hash_that_is_told(tmp_path: Path) -> None:
+    data = os.urandom(1 << 20)
+    out = HashedFile(tmp_path / "file", budget=1 << 16)
+    for begin in range(0, len(data), 70_000):
+        out.write(data[begin : begin + 70_000])
+    assert out.position == len(data)
+    told = out.close()
+    assert (tmp_path / "file").read_bytes() == data
+    assert told == hash_file(tmp_path / "file").hexdigest()
+    again = HashedFile(tmp_path / "file", start=1000)
+    again.write(data[1000:])
+    assert again.close() == told
+
+
+def test_reading_ahead_keeps_order_budget_and_errors() -> None:
+    held, most = 0, 0
+
+    def load(item: int) -> bytes:
+        nonlocal held, most
+        held += 10
+        most = max(most, held)
+        if item == 17:
+            raise CheckpointError("item 17")
+        return bytes(10)
+
+    seen = []
+
+    def read() -> None:
+        nonlocal held
+        for item, _ in read_ahead(range(30), load, lambda _: 10, 40):
+            seen.append(item)
+            time.sleep(0.001)
+            held -= 10
+
+    with pytest.raises(CheckpointError, match="item 17"):
+        read()
+    assert seen == list(range(17))
+    assert most <= 60
+    for item, _ in read_ahead(range(1000), lambda item: item, lambda _: 1 << 40, 1):
+        if item == 3:
+            break
+
+
+def test_headers_of_strangers_are_not_trusted(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    good = encode_header({"a": ("F32", (2, 3))}, {}) + bytes(24)
+    path.write_bytes(good)
+    assert read_tensor_file(path).tensors["a"].shape == (2, 3)
+    draw = random.Random(0)
+    refused = 0
+    for _ in range(400):
+        broken = bytearray(good)
+        for _ in range(draw.randint(1, 4)):
+            broken[draw.randrange(len(good) - 24)] = draw.randrange(256)
+        if draw.random() < 0.3:
+            broken = broken[: draw.randrange(len(broken))]
+        path.write_bytes(broken)
+        try:
+            read_tensor_file(path)
+        except CheckpointError:
+            refused += 1
+    assert refused > 300
+    folder = tmp_path / "index"
+    folder.mkdir()
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../x.safetensors"}}))
+    with pytest.raises(CheckpointError, match="file names only are allowed"):
+        Folder(folder, "AFTER")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3])
+def test_torchrun_shares_the_samples(whole: Pair, with_statistics: list[Any], tmp_path: Path, processes: int) -> None:
+    made = tmp_path / "task.safetensors"
+    done = subprocess.run(
+        [
+            sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone",
+            "-m", "hpa", "calibrate", str(whole.after), str(whole.task), "--as", "task", "-o", str(made), "--gram",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=240,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    first, second = load_file(whole.root / "task.safetensors"), load_file(made)
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        torch.testing.assert_close(second[name], tensor, rtol=2e-4, atol=1e-6)
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_budget_is_kept_on_a_large_pair(tmp_path: Path) -> None:
+    """A pair of 2 x 400 MB is edited in a process that holds a fraction of one at a time."""
+    for name, seed in (("before", 0), ("after", 1)):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
+        generator = torch.Generator().manual_seed(seed)
+        tensors = {
+            f"model.layers.{block}.mlp.{kind}.weight": torch.randn(1000, 2000, generator=generator)
+            for block in range(25)
+            for kind in ("up_proj", "gate_proj")
+        }
+        save_file(tensors, folder / "model.safetensors")
+    script = (
+        "import resource, sys\n"
+        "from pathlib import Path\n"
+        "from hpa.checkpoint import Job, adapt_checkpoint\n"
+        "from hpa.methods import create_method\n"
+        "root = Path(sys.argv[1])\n"
+        "def peak():\n"
+        "    lines = Path('/proc/self/status').read_text().splitlines()\n"
+        "    return next(int(line.split()[1]) // 1024 for line in lines if line.startswith('VmHWM'))\n"
+        "start = peak()\n"
+        "job = Job(root / 'before', root / 'after', root / 'out', create_method('magnitude'), max_memory=128 << 20)\n"
+        "adapt_checkpoint(job)\n"
+        "print(peak() - start)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(tmp_path)], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 260
+    assert len(all_tensors(tmp_path / "out")) == 50
+
+
+def test_plan_of_a_llava_sized_pair_takes_no_weights(tmp_path: Path) -> None:
+    """Headers are enough for a plan: the files hold no data at all."""
+    for name in ("before", "after"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({"model_type": "llava"}))
+        tensors: dict[str, tuple[str, tuple[int, ...]]] = {"language_model.lm_head.weight": ("BF16", (32064, 4096))}
+        for block in range(32):
+            for layer, shape in (("self_attn.q_proj", (4096, 4096)), ("mlp.down_proj", (4096, 11008))):
+                tensors[f"language_model.model.layers.{block}.{layer}.weight"] = ("BF16", shape)
+        header = encode_header(tensors, {"format": "pt"})
+        size = len(header) + sum(2 * shape[0] * shape[1] for _, shape in tensors.values())
+        with open(folder / "model.safetensors", "wb") as file:
+            file.write(header)
+            file.truncate(size)
+    began = time.monotonic()
+    plan = plan_job(Job(tmp_path / "before", tmp_path / "after", tmp_path / "out", create_method("magnitude")))
+    assert time.monotonic() - began < 5
+    assert len(plan.layers) == 64
+    assert plan.largest == 2 * 2 * 4096 * 11008
