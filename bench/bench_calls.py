@@ -36,7 +36,27 @@ def cases(shrink: int = 1) -> Iterator[Case]:
         basis = rows_of_basis(4, 1000)
         return list(torch.randn(1000).split(100)), list(basis.split(100, dim=1)), basis
 
-    def one(label: str, inputs: Any, ours: Any, by_hand: Any, result: Any = None, tolerance: float = 1e-4) -> Case:
+    def layer() -> tuple[Tensor, ...]:
+        before, learned = layer_pair(rows, cols, torch.float32)
+        return learned, before, torch.rand(cols) + 0.5, torch.rand(cols) + 0.5
+
+    def edited(edit_: Any) -> Callable[..., Tensor]:
+        def call(learned: Tensor, *others: Tensor) -> Tensor:
+            after = learned.clone()  # an edit leaves less to edit
+            edit_(after, *others, 5, 10)
+            return after
+
+        return call
+
+    def one(
+        label: str,
+        inputs: Any,
+        ours: Any,
+        by_hand: Any,
+        result: Any = None,
+        tolerance: float = 1e-4,
+        microseconds: float = 5,
+    ) -> Case:
         extra = {} if result is None else {"result": result}
         return Case(
             kernel="calls",
@@ -44,7 +64,7 @@ def cases(shrink: int = 1) -> Iterator[Case]:
             inputs=inputs,
             contenders={OURS: ours, TORCH: by_hand},
             tolerance=tolerance,
-            targets={TORCH: 1, "microseconds": 5},
+            targets={TORCH: 1, "microseconds": microseconds},
             level="quick",
             warm=True,
             **extra,
@@ -84,6 +104,13 @@ def cases(shrink: int = 1) -> Iterator[Case]:
         merged,
         lambda after, before, mask: hpa_ext.merge_(after, before, mask, 1e-3),
         lambda after, before, mask: hand_written.merge_(after, before, mask, 1e-3),
+    )
+    yield one(
+        f"edit_ {rows}x{cols}",
+        layer,
+        edited(hpa_ext.edit_),
+        edited(hand_written.edit_),
+        microseconds=50,  # three functions and the checks between them, in Python
     )
     yield one(
         "project_ rank 4, 1000",

@@ -1,6 +1,6 @@
 """Compiled kernels for keeping a safety-aligned model safe while it goes on learning.
 
-Eight functions on tensors; see :mod:`hpa_ext.ops` for what each computes and ``python -m hpa_ext`` for what was built.
+Nine functions on tensors; see :mod:`hpa_ext.ops` for what each computes and ``python -m hpa_ext`` for what was built.
 """
 
 from __future__ import annotations
@@ -19,11 +19,13 @@ from hpa_ext.ops import (
     BalancedMask,
     ChangeStatistics,
     DampingWarning,
+    Edit,
     FactorizationError,
     accumulate_gram_,
     accumulate_importance_,
     balanced_mask,
     change_statistics,
+    edit_,
     inverse_diagonal,
     merge_,
     orthonormalize_,
@@ -36,12 +38,14 @@ __all__ = [
     "BalancedMask",
     "ChangeStatistics",
     "DampingWarning",
+    "Edit",
     "FactorizationError",
     "__version__",
     "accumulate_gram_",
     "accumulate_importance_",
     "balanced_mask",
     "change_statistics",
+    "edit_",
     "get_num_threads",
     "inverse_diagonal",
     "merge_",

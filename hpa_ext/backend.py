@@ -49,7 +49,7 @@ class BackendError(RuntimeError):
 
 
 class Backend(Protocol):
-    """The eight functions on checked arguments: detached tensors of one device, shapes and dtypes that fit."""
+    """The eight kernels on checked arguments: detached tensors of one device, shapes and dtypes that fit."""
 
     def accumulate_gram_(self, gram: Tensor, x: Tensor, scale: float) -> None: ...
 

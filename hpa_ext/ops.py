@@ -1,4 +1,4 @@
-"""The eight functions: what they compute, what they accept, what they raise.
+"""The nine functions: what they compute, what they accept, what they raise.
 
 All take torch tensors (also ``nn.Parameter`` and tensors that require grad: autograd does not record these calls) and
 any other array that speaks DLPack; nothing is copied.  A trailing ``_`` means in place: the first argument is changed,
@@ -7,7 +7,8 @@ computed in float32 at least, float64 in float64.
 
 Every function raises ``TypeError`` for a wrong kind of argument or dtype and ``ValueError`` for a wrong shape, device
 or value, or for memory that is read-only or shared with another argument; messages begin with the argument's name.
-Under ``torch.compile`` they are operators of their own (:mod:`hpa_ext.torch_ops`).
+Under ``torch.compile`` they are operators of their own (:mod:`hpa_ext.torch_ops`); :func:`edit_` composes three of
+them and runs as it is.
 
 A call goes one of three ways.  Plain CPU tensors are served at once by the compiled module (:mod:`hpa_ext.direct`); a
 program that is being traced gets the operator; everything else is checked here and handed to a backend.
@@ -21,8 +22,9 @@ orthogonalisation.
 
 from __future__ import annotations
 
+import math
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple, TypeVar, cast, overload
 
 import torch
@@ -48,11 +50,13 @@ __all__ = [
     "BalancedMask",
     "ChangeStatistics",
     "DampingWarning",
+    "Edit",
     "FactorizationError",
     "accumulate_gram_",
     "accumulate_importance_",
     "balanced_mask",
     "change_statistics",
+    "edit_",
     "inverse_diagonal",
     "merge_",
     "orthonormalize_",
@@ -61,6 +65,8 @@ __all__ = [
 
 T = TypeVar("T", bound=TensorLike)
 Tensors = TypeVar("Tensors", bound=TensorLike | Sequence[TensorLike])
+
+_RUN_BYTES = 16 * 2**20  # old and new weights that edit_ measures before it merges them: they stay in a large cache
 
 
 class FactorizationError(ValueError, RuntimeError):
@@ -101,6 +107,29 @@ class BalancedMask(NamedTuple):
     """Kept columns that are safety-focused alone (from N)."""
     kept_overlap: int
     """Kept columns that are in both focused sets (from O)."""
+
+
+class Edit(NamedTuple):
+    """What :func:`edit_` did to a layer: the selection, the coefficient, and the statistics that both come from."""
+
+    mask: Tensor
+    """bool ``[cols]``: columns that went back to the old weights (R)."""
+    alpha: float
+    """The weight of the task score in phi."""
+    log_ratio: float
+    """m, the mean of ``log(safety / task)`` over columns that changed."""
+    overlap: int
+    """|O|: columns in both focused sets."""
+    kept: int
+    """|R|."""
+    kept_safety_only: int
+    """Kept columns that are safety-focused alone (from N)."""
+    kept_overlap: int
+    """Kept columns that are in both focused sets (from O)."""
+    projection: float
+    """c, the coefficient of the old weights that was taken out of the update; 0 with ``projection="off"``."""
+    statistics: ChangeStatistics
+    """Of the weights before the edit."""
 
 
 def accumulate_gram_(gram: T, x: TensorLike, scale: float = 2.0, *, backend: str | None = None) -> T:
@@ -406,20 +435,8 @@ def balanced_mask(
     check_same_shape("task", task_tensor, "safety", safety_tensor)
     check_same_device("task", task_tensor, "safety", safety_tensor)
     cols = safety_tensor.shape[0]
-    keep, focus = as_count("keep", keep), as_count("focus", focus)
-    if not keep <= focus <= cols:
-        raise ValueError(f"focus: expected keep <= focus <= cols, got keep {keep}, focus {focus}, cols {cols}")
-    try:
-        low, high = alpha
-    except (TypeError, ValueError):
-        raise ValueError(f"alpha: expected two numbers (a0, a1), got {alpha!r}") from None
-    low, high = as_number("alpha[0]", low), as_number("alpha[1]", high)
-    check_choice("mode", mode, ("full", "eps", "phi"))
-    check_choice("alpha_mode", alpha_mode, ("affine", "relu", "abs", "const"))
-    if not hasattr(alpha_sign, "__index__") or alpha_sign not in (1, -1):
-        raise ValueError(f"alpha_sign: expected 1 or -1, got {alpha_sign!r}")
-    check_choice("overflow", overflow, ("cap", "keep"))
-    check_choice("phi_norm", phi_norm, ("none", "mean"))
+    keep, focus = _check_counts("", keep, focus, cols)
+    low, high = _check_selection(alpha, mode, alpha_mode, alpha_sign, overflow, phi_norm)
     implementation = backends.select(backend, safety_tensor.device)
     for name, score in (("safety", safety_tensor), ("task", task_tensor)):
         # ge() is false for NaN, so one comparison finds NaN and negative numbers.
@@ -477,6 +494,123 @@ def merge_(
     check_no_overlap([("after", layer[0])], [("before", layer[1]), ("mask", layer[2])])
     backends.select(backend, layer[0].device).merge_(*layer)
     return after
+
+
+@overload
+def edit_(
+    after: TensorLike,
+    before: TensorLike,
+    safety_diagonal: TensorLike,
+    task_diagonal: TensorLike,
+    keep: int,
+    focus: int,
+    alpha: tuple[float, float] = ...,
+    *,
+    projection: Literal["fro", "off"] = ...,
+    mode: Literal["full", "eps", "phi"] = ...,
+    alpha_mode: Literal["affine", "relu", "abs", "const"] = ...,
+    alpha_sign: Literal[1, -1] = ...,
+    overflow: Literal["cap", "keep"] = ...,
+    phi_norm: Literal["none", "mean"] = ...,
+    backend: str | None = ...,
+) -> Edit: ...
+@overload
+def edit_(
+    after: Sequence[TensorLike],
+    before: Sequence[TensorLike],
+    safety_diagonal: Sequence[TensorLike],
+    task_diagonal: Sequence[TensorLike],
+    keep: int | Sequence[int],
+    focus: int | Sequence[int],
+    alpha: tuple[float, float] = ...,
+    *,
+    projection: Literal["fro", "off"] = ...,
+    mode: Literal["full", "eps", "phi"] = ...,
+    alpha_mode: Literal["affine", "relu", "abs", "const"] = ...,
+    alpha_sign: Literal[1, -1] = ...,
+    overflow: Literal["cap", "keep"] = ...,
+    phi_norm: Literal["none", "mean"] = ...,
+    backend: str | None = ...,
+) -> list[Edit]: ...
+@torch._disable_dynamo
+def edit_(
+    after: Any,
+    before: Any,
+    safety_diagonal: Any,
+    task_diagonal: Any,
+    keep: Any,
+    focus: Any,
+    alpha: tuple[float, float] = (0.4, 0.8),
+    *,
+    projection: Literal["fro", "off"] = "fro",
+    mode: Literal["full", "eps", "phi"] = "full",
+    alpha_mode: Literal["affine", "relu", "abs", "const"] = "affine",
+    alpha_sign: Literal[1, -1] = 1,
+    overflow: Literal["cap", "keep"] = "cap",
+    phi_norm: Literal["none", "mean"] = "none",
+    backend: str | None = None,
+) -> Edit | list[Edit]:
+    """Edits a layer by the paper's whole rule (HPA): measure the change, score, select, adjust, merge.
+
+    With ``change = after - before``, all in float64 but the statistics and the weights::
+
+        eps[j]  = mean_i change[i, j]^2 / safety_diagonal[j]        zeta[j] = mean_i change[i, j]^2 / task_diagonal[j]
+        mask    = balanced_mask(eps, zeta, keep, focus, alpha)      c = <change, before> / |before|^2
+        after[:, j] = before[:, j] where mask[j], else after[:, j] - c * before[:, j]
+
+    Args:
+        after: ``[rows, cols]`` new weights, changed in place; float32, bfloat16, float16 or float64.
+        before: ``[rows, cols]`` old weights, of the same dtype.
+        safety_diagonal: ``[cols]``, ``diag((H_s + lambda I)^-1)`` as from :func:`inverse_diagonal`, positive and
+            finite, any float dtype.
+        task_diagonal: ``[cols]``, ``diag((H_t + lambda I)^-1)``, likewise.
+        keep: number of columns that go back, see :func:`balanced_mask`, as for ``focus``, ``alpha`` and the options.
+        focus: size of the focused sets.
+            All six may be lists with an entry for each layer; one ``keep`` or ``focus`` then serves all.
+        alpha: ``(a0, a1)``.
+        projection: ``"fro"`` as above; ``"off"``: c = 0.
+        mode, alpha_mode, alpha_sign, overflow, phi_norm: of :func:`balanced_mask`.
+        backend: ``"cpu"``, ``"reference"`` or ``None``.
+
+    Returns:
+        :class:`Edit`, or a list with one for each layer. Weights and numbers are bit by bit those of
+        :func:`change_statistics`, :func:`balanced_mask` and :func:`merge_`, called one after the other. c is 0 where
+        ``before`` is zero. A layer whose change is zero stays as it is and keeps no column.
+
+    Raises:
+        TypeError, ValueError: see the module; also a diagonal that is not positive and finite. All of it is checked
+            before anything is written.
+        ValueError: NaN or Inf in a weight, or a score beyond float64. That layer and those after it are as they were;
+            layers of a list that come before it may have been edited.
+
+    Layers of a list are taken in runs that fit a cache, so that the merge finds there what the statistics have read. A
+    layer that is larger finds its last rows there. Bit-reproducible for any number of threads on one machine.
+    ``torch.compile`` does not look inside: a call ends a graph.
+    """
+    check_choice("projection", projection, ("fro", "off"))
+    several = isinstance(after, (list, tuple))
+    given = (after, before, safety_diagonal, task_diagonal, keep, focus)
+    items = _entries_to_edit(*given) if several else [given]
+    layers = [_edit_arguments(f"[{i}]" if several else "", *item) for i, item in enumerate(items)]
+    _check_selection(alpha, mode, alpha_mode, alpha_sign, overflow, phi_norm)
+    written = [(f"after{layer.place}", layer.after) for layer in layers]
+    read = [(f"before{layer.place}", layer.before) for layer in layers]
+    read += [(f"safety_diagonal{layer.place}", layer.safety_diagonal) for layer in layers]
+    read += [(f"task_diagonal{layer.place}", layer.task_diagonal) for layer in layers]
+    for name, tensor in written[1:]:
+        check_same_device(name, tensor, written[0][0], layers[0].after)
+    check_no_overlap(written, read)
+    options = {
+        "alpha": alpha,
+        "mode": mode,
+        "alpha_mode": alpha_mode,
+        "alpha_sign": alpha_sign,
+        "overflow": overflow,
+        "phi_norm": phi_norm,
+        "backend": backend,
+    }
+    edits = [edit for run in _runs_in_cache(layers) for edit in _edit_run(run, projection, options)]
+    return edits if several else edits[0]
 
 
 def project_(
@@ -609,6 +743,31 @@ def _weights(before: Any, after: Any, place: str = "") -> tuple[Tensor, Tensor]:
     return before_tensor, after_tensor
 
 
+def _check_counts(place: str, keep: Any, focus: Any, cols: int) -> tuple[int, int]:
+    keep, focus = as_count(f"keep{place}", keep), as_count(f"focus{place}", focus)
+    if not keep <= focus <= cols:
+        raise ValueError(f"focus{place}: expected keep <= focus <= cols, got keep {keep}, focus {focus}, cols {cols}")
+    return keep, focus
+
+
+def _check_selection(
+    alpha: Any, mode: Any, alpha_mode: Any, alpha_sign: Any, overflow: Any, phi_norm: Any
+) -> tuple[float, float]:
+    """Checks the options of balanced_mask; returns ``alpha``."""
+    try:
+        low, high = alpha
+    except (TypeError, ValueError):
+        raise ValueError(f"alpha: expected two numbers (a0, a1), got {alpha!r}") from None
+    low, high = as_number("alpha[0]", low), as_number("alpha[1]", high)
+    check_choice("mode", mode, ("full", "eps", "phi"))
+    check_choice("alpha_mode", alpha_mode, ("affine", "relu", "abs", "const"))
+    if not hasattr(alpha_sign, "__index__") or alpha_sign not in (1, -1):
+        raise ValueError(f"alpha_sign: expected 1 or -1, got {alpha_sign!r}")
+    check_choice("overflow", overflow, ("cap", "keep"))
+    check_choice("phi_norm", phi_norm, ("none", "mean"))
+    return low, high
+
+
 def _change_statistics_list(before: Sequence[Any], after: Any, backend: str | None) -> list[ChangeStatistics]:
     after_items = _as_list("after", after, len(before), "tensors like before")
     if is_compiling():
@@ -627,16 +786,22 @@ def _change_statistics_list(before: Sequence[Any], after: Any, backend: str | No
     return [ChangeStatistics(column_change, *scalars.unbind()) for column_change, scalars in results]
 
 
+def _merge_weights(place: str, after: Any, before: Any) -> tuple[Tensor, Tensor]:
+    """Weights of merge_ and edit_, checked: ``after`` is written to."""
+    after_tensor = as_tensor(f"after{place}", after, dims="[rows, cols]", writable=True)
+    before_tensor = as_tensor(f"before{place}", before, dims="[rows, cols]")
+    check_same_shape(f"before{place}", before_tensor, f"after{place}", after_tensor)
+    check_same_dtype(f"before{place}", before_tensor, f"after{place}", after_tensor)
+    check_same_device(f"before{place}", before_tensor, f"after{place}", after_tensor)
+    return after_tensor, before_tensor
+
+
 def _merge_arguments(
     place: str, after: Any, before: Any, mask: Any, projection: Any
 ) -> tuple[Tensor, Tensor, Tensor, float]:
     """Checked arguments of merge_; ``place`` is an index in a list, for messages."""
-    after_tensor = as_tensor(f"after{place}", after, dims="[rows, cols]", writable=True)
-    before_tensor = as_tensor(f"before{place}", before, dims="[rows, cols]")
+    after_tensor, before_tensor = _merge_weights(place, after, before)
     mask_tensor = as_tensor(f"mask{place}", mask, dtypes=(torch.bool,), dims="[cols]")
-    check_same_shape(f"before{place}", before_tensor, f"after{place}", after_tensor)
-    check_same_dtype(f"before{place}", before_tensor, f"after{place}", after_tensor)
-    check_same_device(f"before{place}", before_tensor, f"after{place}", after_tensor)
     check_same_device(f"mask{place}", mask_tensor, f"after{place}", after_tensor)
     cols = after_tensor.shape[1]
     if mask_tensor.shape[0] != cols:
@@ -675,6 +840,107 @@ def _merge_list(after: Sequence[Any], before: Any, mask: Any, projection: Any, b
         return
     for layer in layers:
         implementation.merge_(*layer)
+
+
+class _LayerToEdit(NamedTuple):
+    """Checked arguments of edit_ for one layer."""
+
+    place: str  # its index in a list, for messages
+    after: Tensor
+    before: Tensor
+    safety_diagonal: Tensor
+    task_diagonal: Tensor
+    keep: int
+    focus: int
+
+
+def _entries_to_edit(after: Sequence[Any], *others: Any) -> list[tuple[Any, ...]]:
+    count = len(after)
+    columns: list[Sequence[Any]] = [after]
+    for name, value in zip(("before", "safety_diagonal", "task_diagonal", "keep", "focus"), others, strict=True):
+        if name in ("keep", "focus") and not isinstance(value, (list, tuple)):
+            columns.append([value] * count)
+        else:
+            columns.append(_as_list(name, value, count, "entries like after"))
+    return list(zip(*columns, strict=True))
+
+
+def _edit_arguments(
+    place: str, after: Any, before: Any, safety_diagonal: Any, task_diagonal: Any, keep: Any, focus: Any
+) -> _LayerToEdit:
+    after_tensor, before_tensor = _merge_weights(place, after, before)
+    keep, focus = _check_counts(place, keep, focus, after_tensor.shape[1])
+    safety_tensor = _as_diagonal(f"safety_diagonal{place}", safety_diagonal, f"after{place}", after_tensor)
+    task_tensor = _as_diagonal(f"task_diagonal{place}", task_diagonal, f"after{place}", after_tensor)
+    return _LayerToEdit(place, after_tensor, before_tensor, safety_tensor, task_tensor, keep, focus)
+
+
+def _as_diagonal(name: str, value: Any, weight_name: str, weight: Tensor) -> Tensor:
+    """A checked ``[cols]`` of positive finite numbers."""
+    diagonal = as_tensor(name, value, dims="[cols]")
+    check_same_device(name, diagonal, weight_name, weight)
+    cols = weight.shape[1]
+    if diagonal.shape[0] != cols:
+        raise ValueError(f"{name}: expected {cols} entries, one a column, got {diagonal.shape[0]}")
+    if cols:
+        lowest, highest = diagonal.aminmax()  # both are NaN where there is one
+        if not (lowest.item() > 0 and highest.item() < math.inf):
+            first = int((diagonal.gt(0) & diagonal.isfinite()).logical_not().nonzero()[0, 0])
+            raise ValueError(
+                f"{name}: expected positive, finite numbers, got {diagonal[first].item()} at index {first}"
+            )
+    return diagonal
+
+
+def _runs_in_cache(layers: list[_LayerToEdit]) -> Iterator[list[_LayerToEdit]]:
+    """Cuts the list into runs of at least one layer whose weights, old and new, fit the cache together."""
+    run: list[_LayerToEdit] = []
+    total = 0
+    for layer in layers:
+        size = 2 * layer.after.numel() * layer.after.element_size()
+        if run and total + size > _RUN_BYTES:
+            yield run
+            run, total = [], 0
+        run.append(layer)
+        total += size
+    if run:
+        yield run
+
+
+def _edit_run(layers: list[_LayerToEdit], projection: str, options: dict[str, Any]) -> list[Edit]:
+    before, after = [layer.before for layer in layers], [layer.after for layer in layers]
+    measured = change_statistics(before, after, backend=options["backend"])
+    edits = [
+        _decide(layer, statistics, projection, options) for layer, statistics in zip(layers, measured, strict=True)
+    ]
+    changed = [i for i, edit in enumerate(edits) if edit.kept or edit.projection]
+    merge_(
+        [after[i] for i in changed],
+        [before[i] for i in changed],
+        [edits[i].mask for i in changed],
+        [edits[i].projection for i in changed],
+        backend=options["backend"],
+    )
+    return edits
+
+
+def _decide(layer: _LayerToEdit, statistics: ChangeStatistics, projection: str, options: dict[str, Any]) -> Edit:
+    """What to do with a layer; nothing is written."""
+    column_change = statistics.column_change
+    largest = column_change.max().item() if len(column_change) else 0.0  # NaN where there is one
+    dot, before_norm_sq = statistics.dot.item(), statistics.before_norm_sq.item()
+    if not largest < math.inf:
+        column = int(column_change.isfinite().logical_not().nonzero()[0, 0])
+        raise ValueError(f"after{layer.place}: the change of column {column} is not finite")
+    if not (math.isfinite(dot) and math.isfinite(before_norm_sq)):
+        raise ValueError(f"before{layer.place}: <after - before, before> or the squared norm is not finite")
+    change = column_change.double()
+    keep, focus = (layer.keep, layer.focus) if largest > 0 else (0, 0)
+    chosen = balanced_mask(
+        change / layer.safety_diagonal.double(), change / layer.task_diagonal.double(), keep, focus, **options
+    )
+    coefficient = dot / before_norm_sq if projection == "fro" and largest > 0 and before_norm_sq > 0 else 0.0
+    return Edit(*chosen, coefficient, statistics)
 
 
 def _trace_inverse_diagonal(

@@ -1,4 +1,4 @@
-"""The definition of the eight functions in plain torch, written to be read.
+"""The definition of the eight kernels in plain torch, written to be read (``edit_`` is composed of three of them).
 
 Every other backend is tested against this one.  Arithmetic is float64 on the device of the arguments and results are
 rounded once, so differences to a fast backend are that backend's rounding.  Arguments have been checked by

@@ -1,7 +1,8 @@
-"""The eight functions as a careful user would write them in torch, without hpa_ext.
+"""The nine functions as a careful user would write them in torch, without hpa_ext.
 
 The benchmarks race against these, and test_bench.py holds them to what hpa_ext computes: nobody races a function that
-does less.  ``torch.compile`` takes all of them but :func:`balanced_mask`, whose sizes depend on the data.
+does less.  ``torch.compile`` takes all of them but :func:`balanced_mask` and :func:`edit_`, where sizes depend on the
+data.
 """
 
 from __future__ import annotations
@@ -69,6 +70,14 @@ def balanced_mask(
 
 def merge_(after: Tensor, before: Tensor, mask: Tensor, projection: float = 0.0) -> Tensor:
     return after.copy_(torch.where(mask, before, after - projection * before))
+
+
+def edit_(
+    after: Tensor, before: Tensor, safety_diagonal: Tensor, task_diagonal: Tensor, keep: int, focus: int
+) -> Tensor:
+    column_change, dot, before_norm_sq, _ = change_statistics(before, after)
+    mask = balanced_mask(column_change / safety_diagonal, column_change / task_diagonal, keep, focus)
+    return merge_(after, before, mask, (dot / before_norm_sq).item())
 
 
 def project_(grads: Tensor, basis: Tensor) -> Tensor:

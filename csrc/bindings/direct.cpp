@@ -1,4 +1,4 @@
-// Direct calls: the eight functions for the arguments that nearly every call has, plain CPU tensors of torch.
+// Direct calls: the eight kernels for the arguments that nearly every call has, plain CPU tensors of torch.
 //
 // hpa_ext/ops.py asks here first.  An entry either does all of the work, or it has changed nothing and answers None ("it
 // declines"); then ops.py goes on to its checks, which say what is wrong or serve the unusual call.  So an entry has no

@@ -1,4 +1,4 @@
-"""The eight functions as Triton kernels: for ROCm, and for a GPU machine on which no CUDA compiler was there at install
+"""The eight kernels in Triton: for ROCm, and for a GPU machine on which no CUDA compiler was there at install
 time.
 
 One file a function.  Arguments have been checked by :mod:`hpa_ext.ops`; :mod:`hpa_ext.triton.launching` holds what the
