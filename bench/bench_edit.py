@@ -62,7 +62,7 @@ def cases(shrink: int = 1) -> Iterator[Case]:
     yield case(f"{side}x{side} {short(dtype)}", 1, side, side, dtype, {TORCH: 8})
     side, count = 512 // min(shrink, 16), 64 // min(shrink, 16)
     dtype = torch.float32
-    yield case(f"{count} of {side}x{side} {short(dtype)}", count, side, side, dtype, {TORCH: 4})
+    yield case(f"{count} of {side}x{side} {short(dtype)}", count, side, side, dtype, {TORCH: 3})
 
 
 def listed(value: Tensor | list[Tensor]) -> list[Tensor]:

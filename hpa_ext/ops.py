@@ -29,6 +29,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, cast, overload
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.compiler import is_compiling, is_dynamo_compiling
 
 from hpa_ext import backend as backends
@@ -532,7 +533,7 @@ def edit_(
     phi_norm: Literal["none", "mean"] = ...,
     backend: str | None = ...,
 ) -> list[Edit]: ...
-@torch._disable_dynamo
+@_disable_dynamo
 def edit_(
     after: Any,
     before: Any,
