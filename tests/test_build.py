@@ -14,9 +14,11 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+# The environment's own first, as the isolated build takes it: a system's may be too old.
+CMAKE = shutil.which("cmake", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
 
 pytestmark = pytest.mark.skipif(
-    not (shutil.which("cmake") and shutil.which("ninja") and (shutil.which("g++") or shutil.which("clang++"))),
+    not (CMAKE and shutil.which("ninja") and (shutil.which("g++") or shutil.which("clang++"))),
     reason="needs cmake, ninja and a C++ compiler",
 )
 needs_backend = pytest.mark.skipif(
@@ -26,7 +28,7 @@ needs_backend = pytest.mark.skipif(
 
 
 def configure(build: Path, *options: str) -> subprocess.CompletedProcess[str]:
-    command = ["cmake", "-S", str(ROOT), "-B", str(build), "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"]
+    command = [str(CMAKE), "-S", str(ROOT), "-B", str(build), "-G", "Ninja", f"-DPython_EXECUTABLE={sys.executable}"]
     if importlib.util.find_spec("pybind11") is not None:
         import pybind11
 
