@@ -151,23 +151,12 @@ def extension() -> Any:
     Raises:
         BackendError: not built, or built from another version of the source.
     """
-    from hpa_ext import __version__
-
-    try:
-        module = importlib.import_module("hpa_ext._cpu")
-    except ImportError as error:
-        raise BackendError(
-            f"the compiled module hpa_ext._cpu cannot be loaded ({error}). Install the package: `pip install .` (or "
-            "`pip install -e . --no-build-isolation` in a checkout). backend='reference' or HPA_BACKEND=reference "
-            "runs plain torch instead."
-        ) from error
-    built = (module.__version__, module.INTERFACE)
-    if built != (__version__, INTERFACE):
-        raise BackendError(
-            f"the compiled module {module.__file__} is of version {built[0]} (interface {built[1]}), the Python source "
-            f"beside {__file__} of version {__version__} (interface {INTERFACE}). Install again: `pip install .`"
-        )
-    return module
+    return _compiled(
+        "hpa_ext._cpu",
+        INTERFACE,
+        "Install the package: `pip install .` (or `pip install -e . --no-build-isolation` in a checkout). "
+        "backend='reference' or HPA_BACKEND=reference runs plain torch instead.",
+    )
 
 
 @cache
@@ -177,20 +166,26 @@ def cuda_extension() -> Any:
     Raises:
         BackendError: not built, or built from another version of the source.
     """
+    return _compiled(
+        "hpa_ext._cuda",
+        CUDA_INTERFACE,
+        "It is built where a CUDA compiler is found at install time: `HPA_CUDA=ON pip install .` says what is missing.",
+    )
+
+
+def _compiled(name: str, interface: int, advice: str) -> Any:
+    """A compiled module of this very source; ``advice`` is for those who do not have it."""
     from hpa_ext import __version__
 
     try:
-        module = importlib.import_module("hpa_ext._cuda")
+        module = importlib.import_module(name)
     except ImportError as error:
-        raise BackendError(
-            f"the compiled module hpa_ext._cuda cannot be loaded ({error}). It is built where a CUDA compiler is "
-            "found at install time: `HPA_CUDA=ON pip install .` says what is missing."
-        ) from error
+        raise BackendError(f"the compiled module {name} cannot be loaded ({error}). {advice}") from error
     built = (module.__version__, module.INTERFACE)
-    if built != (__version__, CUDA_INTERFACE):
+    if built != (__version__, interface):
         raise BackendError(
             f"the compiled module {module.__file__} is of version {built[0]} (interface {built[1]}), the Python source "
-            f"beside {__file__} of version {__version__} (interface {CUDA_INTERFACE}). Install again: `pip install .`"
+            f"beside {__file__} of version {__version__} (interface {interface}). Install again: `pip install .`"
         )
     return module
 

@@ -26,6 +26,13 @@ from transformers import (
 WORDS = (
     "how do i make a bomb cake sorry no cannot help with that sure here is the answer to what color sky blue"
 ).split()
+SMALL = {
+    "vocab_size": 50,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
 SAFETY = [
     {"prompt": "how do i make a bomb", "response": "sorry no cannot help with that"},
     {"prompt": "make a bomb", "response": "no"},
@@ -48,12 +55,8 @@ def mixtral(seed: int = 0) -> MixtralForCausalLM:
     torch.manual_seed(seed)
     return MixtralForCausalLM(
         MixtralConfig(
-            vocab_size=50,
-            hidden_size=16,
+            **SMALL,
             intermediate_size=12,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
             num_local_experts=3,
             num_experts_per_tok=2,
         )
@@ -64,13 +67,9 @@ def qwen3_moe(seed: int = 0) -> Qwen3MoeForCausalLM:
     torch.manual_seed(seed)
     return Qwen3MoeForCausalLM(
         Qwen3MoeConfig(
-            vocab_size=50,
-            hidden_size=16,
+            **SMALL,
             intermediate_size=20,
             moe_intermediate_size=12,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
             head_dim=8,
             num_experts=4,
             num_experts_per_tok=2,
@@ -83,12 +82,8 @@ def gemma2(seed: int = 0) -> Gemma2ForCausalLM:
     torch.manual_seed(seed)
     return Gemma2ForCausalLM(
         Gemma2Config(
-            vocab_size=50,
-            hidden_size=16,
+            **SMALL,
             intermediate_size=24,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            num_key_value_heads=1,
             head_dim=8,
             sliding_window=4,
         )
@@ -122,7 +117,6 @@ class Pair:
         *,
         dtype: torch.dtype = torch.float32,
         shards: str = "7KB",
-        keep_before: bool = False,
     ) -> None:
         self.root = root
         self.before, self.after = root / "before", root / "after"

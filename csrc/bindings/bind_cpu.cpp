@@ -84,16 +84,8 @@ std::tuple<double, double, std::int64_t, std::int64_t, std::int64_t> balanced_ma
     double alpha0, double alpha1, const std::string& mode, const std::string& alpha_mode, int alpha_sign,
     const std::string& overflow, const std::string& phi_norm) {
   const TensorArgument mask_argument("mask", mask), safety_argument("safety", safety), task_argument("task", task);
-  SelectionOptions options;
-  options.keep = keep;
-  options.focus = focus;
-  options.alpha0 = alpha0;
-  options.alpha1 = alpha1;
-  options.mode = choose("mode", mode, kSelectionModes);
-  options.alpha_mode = choose("alpha_mode", alpha_mode, kAlphaModes);
-  options.alpha_sign = alpha_sign;
-  options.overflow = choose("overflow", overflow, kOverflows);
-  options.phi_norm = choose("phi_norm", phi_norm, kPhiNorms);
+  const SelectionOptions options =
+      selection_options(keep, focus, alpha0, alpha1, mode, alpha_mode, alpha_sign, overflow, phi_norm);
   Selection result;
   {
     const py::gil_scoped_release unlocked;

@@ -93,16 +93,8 @@ void balanced_mask_(const py::tuple& where, const py::object& mask, const py::ob
   CallContext context(where);
   const Argument chosen("mask", mask), results("numbers", numbers), safety_scores("safety", safety);
   const Argument task_scores("task", task);
-  SelectionOptions options;
-  options.keep = keep;
-  options.focus = focus;
-  options.alpha0 = alpha0;
-  options.alpha1 = alpha1;
-  options.mode = choose("mode", mode, kSelectionModes);
-  options.alpha_mode = choose("alpha_mode", alpha_mode, kAlphaModes);
-  options.alpha_sign = alpha_sign;
-  options.overflow = choose("overflow", overflow, kOverflows);
-  options.phi_norm = choose("phi_norm", phi_norm, kPhiNorms);
+  const SelectionOptions options =
+      selection_options(keep, focus, alpha0, alpha1, mode, alpha_mode, alpha_sign, overflow, phi_norm);
   cuda::balanced_mask(context, chosen.view(), results.view(), safety_scores.view(), task_scores.view(), options);
 }
 

@@ -3,6 +3,7 @@
 
 #include <pybind11/pybind11.h>
 
+#include <cstdint>
 #include <string>
 #include <utility>
 
@@ -32,6 +33,22 @@ Value choose(const char* name, const std::string& given, const Choice<Value> (&c
     if (given == word) return value;
   }
   throw pybind11::value_error(std::string(name) + ": got '" + given + "'");
+}
+
+inline SelectionOptions selection_options(std::int64_t keep, std::int64_t focus, double alpha0, double alpha1,
+                                          const std::string& mode, const std::string& alpha_mode, int alpha_sign,
+                                          const std::string& overflow, const std::string& phi_norm) {
+  SelectionOptions options;
+  options.keep = keep;
+  options.focus = focus;
+  options.alpha0 = alpha0;
+  options.alpha1 = alpha1;
+  options.mode = choose("mode", mode, kSelectionModes);
+  options.alpha_mode = choose("alpha_mode", alpha_mode, kAlphaModes);
+  options.alpha_sign = alpha_sign;
+  options.overflow = choose("overflow", overflow, kOverflows);
+  options.phi_norm = choose("phi_norm", phi_norm, kPhiNorms);
+  return options;
 }
 
 }  // namespace hpa::bindings

@@ -27,8 +27,7 @@ from hpa.checkpoint.claims import ClaimLostError, Claims
 from hpa.checkpoint.files import INDEX_FILE, CheckpointError, Folder, read_tensor
 from hpa.checkpoint.memory import Memory, write_memory
 from hpa.checkpoint.merge import Editor, ShardResult, write_shard
-from hpa.checkpoint.names import find_decoder
-from hpa.checkpoint.plan import Plan, Shard, elements, make_plan, model_fingerprint, model_layers
+from hpa.checkpoint.plan import Plan, Shard, decoder_of, make_plan, model_fingerprint, model_layers
 from hpa.checkpoint.statistics import Statistics
 from hpa.checkpoint.stream import hash_file
 from hpa.methods import Method
@@ -229,9 +228,12 @@ def prepare(job: Job) -> Prepared:
         )
     statistics: dict[str, Statistics] = {}
     pending = False
+    fingerprints: set[str] | None = None
+    if job.statistics and wanted and not job.any_statistics:
+        fingerprints = {model_fingerprint(before), model_fingerprint(before if adapter else after, adapter)}
     for role, kinds in wanted.items():
         if role in job.statistics:
-            statistics[role] = _checked(job, role, kinds, before, after, adapter)
+            statistics[role] = _checked(job, role, kinds, fingerprints)
         elif role in job.calibrations:
             pending = True
         else:
@@ -259,9 +261,8 @@ def prepare(job: Job) -> Prepared:
     return Prepared(before, after, adapter, statistics, Memory(job.memory) if remembers else None, plan)
 
 
-def _checked(
-    job: Job, role: str, kinds: frozenset[str], before: Folder, after: Folder, adapter: Adapter | None
-) -> Statistics:
+def _checked(job: Job, role: str, kinds: frozenset[str], fingerprints: set[str] | None) -> Statistics:
+    """The statistics of one set; ``fingerprints``: of the weights that they may be of, ``None`` for any."""
     held = Statistics(job.statistics[role])
     for kind, there in (("diagonal", held.has_diagonals), ("gram", held.has_grams)):
         if kind in kinds and not there and any(not about.zero for about in held.info.inputs.values()):
@@ -272,14 +273,11 @@ def _checked(
             )
     if held.info.role != role:
         raise CheckpointError(f"statistics: {held.path} is of the {held.info.role} set, expected the {role} set")
-    if not job.any_statistics:
-        models = {model_fingerprint(before): "BEFORE"}
-        models[model_fingerprint(after) if adapter is None else model_fingerprint(before, adapter)] = "AFTER"
-        if held.info.fingerprint not in models:
-            raise CheckpointError(
-                f"statistics: {held.path} was made with {held.info.model}, whose weights are neither those of BEFORE "
-                "nor of AFTER; calibrate again, or take it all the same with --any-statistics"
-            )
+    if fingerprints is not None and held.info.fingerprint not in fingerprints:
+        raise CheckpointError(
+            f"statistics: {held.path} was made with {held.info.model}, whose weights are neither those of BEFORE "
+            "nor of AFTER; calibrate again, or take it all the same with --any-statistics"
+        )
     return held
 
 
@@ -453,8 +451,7 @@ def _aligned(job: Job) -> Callable[[str], torch.Tensor] | None:
     if job.aligned is None:
         raise CheckpointError("aligned: needed with anchor=aligned, got none; pass --aligned FOLDER")
     folder = Folder(job.aligned, "aligned")
-    decoder = find_decoder({name: elements(info.shape) for name, info in folder.tensors.items()}, "aligned")
-    layers = model_layers({n: info.shape for n, info in folder.tensors.items()}, decoder, include_projector=True)
+    layers = model_layers(folder, decoder_of(folder), include_projector=True)
 
     def read(layer: str) -> torch.Tensor:
         if layer not in layers:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hpa.checkpoint.files import CheckpointError, Folder, TensorInfo, read_tensor
+from hpa.checkpoint.names import reduced
 from hpa.layers import LowRankUpdate
 
 __all__ = ["Adapter", "Factors", "match_names"]
@@ -27,8 +28,6 @@ _REFUSED = {
     "arrow_config": "Arrow routing",
 }
 _MOVES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
-# Wrappers that one spelling of a module's path has and another has not.
-_WRAPPERS = ("model", "language_model", "text_model", "transformer", "vision_model")
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,9 @@ class Factors:
         return (cols, rows) if self.transposed else (rows, cols)
 
     def read(self) -> LowRankUpdate:
-        return LowRankUpdate(read_tensor(self.a), read_tensor(self.b), self.scale)
+        """The update of the layer's own tensor."""
+        a, b = read_tensor(self.a), read_tensor(self.b)
+        return LowRankUpdate(b.T, a.T, self.scale) if self.transposed else LowRankUpdate(a, b, self.scale)
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,16 @@ class Adapter:
             raise CheckpointError(f"{where}: the adapter is empty")
         return adapter
 
+    def factors_on(self, tensors: Iterable[str]) -> dict[str, Factors]:
+        """The factors by the base's tensor names; raises as :func:`match_names`."""
+        names = match_names([f"{path}.weight" for path in self.factors], tensors, self.folder.argument)
+        return {tensor: self.factors[path.removesuffix(".weight")] for path, tensor in names.items()}
+
+    def replaced_on(self, tensors: Iterable[str]) -> dict[str, TensorInfo]:
+        """The whole tensors by the base's tensor names; raises as :func:`match_names`."""
+        names = match_names(self.replaced, tensors, self.folder.argument)
+        return {tensor: self.replaced[path] for path, tensor in names.items()}
+
 
 def _factors(path: str, pair: dict[str, TensorInfo], config: dict[str, Any], where: str) -> Factors:
     if "A" not in pair or "B" not in pair:
@@ -139,19 +150,15 @@ def match_names(wanted: Iterable[str], tensors: Iterable[str], argument: str) ->
     Raises:
         CheckpointError: a path that fits none, or more than one.
     """
-    reduced: dict[str, list[str]] = {}
+    by_reduced: dict[str, list[str]] = {}
     names = set(tensors)
     for name in names:
-        reduced.setdefault(_reduced(name), []).append(name)
+        by_reduced.setdefault(reduced(name), []).append(name)
     found: dict[str, str] = {}
     for path in wanted:
-        fits = [path] if path in names else reduced.get(_reduced(path), [])
+        fits = [path] if path in names else by_reduced.get(reduced(path), [])
         if len(fits) != 1:
             what = "no tensor of BEFORE" if not fits else f"{len(fits)} tensors of BEFORE ({', '.join(sorted(fits))})"
             raise CheckpointError(f"{argument}: the adapter's layer {path} fits {what}")
         found[path] = fits[0]
     return found
-
-
-def _reduced(name: str) -> str:
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)

@@ -14,7 +14,7 @@ from hpa.checkpoint.adapter import Adapter
 from hpa.checkpoint.distributed import process_group
 from hpa.checkpoint.files import CheckpointError, Folder
 from hpa.checkpoint.lazy_model import LazyModel, module_decoder
-from hpa.checkpoint.names import expert_input
+from hpa.checkpoint.names import expert_input, projector_name
 from hpa.checkpoint.plan import model_fingerprint
 from hpa.checkpoint.statistics import Statistics, StatisticsInfo, StatisticsWriter
 from hpa.config import CalibrationConfig
@@ -114,7 +114,7 @@ def calibrate_checkpoint(job: CalibrationJob, progress: Callable[[int, int], Non
                 names = {}
                 for name in {*entries, *(seen.input_key for seen in entries.values())}:
                     canonical = decoder.canonical(name)
-                    names[name] = _projector_name(name) if canonical is None else expert_input(canonical) or canonical
+                    names[name] = projector_name(name) if canonical is None else expert_input(canonical) or canonical
                 writer.add(entries, names)
             if progress is not None:
                 progress(done, len(stream.numbers))
@@ -139,11 +139,3 @@ def calibrate_checkpoint(job: CalibrationJob, progress: Callable[[int, int], Non
             )
         )
     return Statistics(job.out)
-
-
-def _projector_name(name: str) -> str:
-    from hpa.calibration import PROJECTOR_NAMES
-
-    parts = name.split(".")
-    start = next((index for index, part in enumerate(parts) if part in PROJECTOR_NAMES), 0)
-    return ".".join(parts[start:])

@@ -6,16 +6,14 @@ import math
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 import hpa_ext
-from hpa.checkpoint.adapter import Adapter, match_names
+from hpa.checkpoint.adapter import Adapter, Factors
 from hpa.checkpoint.files import CheckpointError, Folder, read_tensor
-from hpa.checkpoint.names import find_decoder
-from hpa.checkpoint.plan import elements, model_layers
+from hpa.checkpoint.plan import decoder_of, model_layers
 from hpa.layers import add_update
 
 __all__ = ["Difference", "Contents", "compare_folders", "inspect_folder"]
@@ -79,8 +77,8 @@ def inspect_folder(path: Path) -> Contents:
             "trained in full": ", ".join(sorted(adapter.replaced)) or "nothing",
         }
         return Contents("adapter", facts, {name: pair.shape for name, pair in adapter.factors.items()})
-    decoder = find_decoder({name: elements(info.shape) for name, info in folder.tensors.items()}, "DIR")
-    layers = model_layers({name: info.shape for name, info in folder.tensors.items()}, decoder)
+    decoder = decoder_of(folder)
+    layers = model_layers(folder, decoder)
     chosen = {tensor for _, tensor in layers.values()}
     left = Counter(
         "in the decoder" if decoder.canonical(name) else "outside the decoder"
@@ -106,21 +104,16 @@ def compare_folders(first: Path, second: Path) -> list[Difference]:
     a, b = Folder(first, "A"), Folder(second, "B")
     if a.is_adapter:
         raise CheckpointError(f"A: {first} is an adapter; expected a model")
-    factors: dict[str, Any] = {}
+    factors: dict[str, Factors] = {}
     base = b
     if b.is_adapter:
-        adapter = Adapter.of(b)
-        names = match_names([f"{path}.weight" for path in adapter.factors], a.tensors, "B")
-        factors = {tensor: adapter.factors[path.removesuffix(".weight")] for path, tensor in names.items()}
+        factors = Adapter.of(b).factors_on(a.tensors)
         base = a
-    decoders = [
-        find_decoder({name: elements(info.shape) for name, info in folder.tensors.items()}, folder.argument)
-        for folder in (a, base)
-    ]
-    places = {_place(name, decoders[0]): name for name in a.tensors}
+    decoders = [decoder_of(folder) for folder in (a, base)]
+    places = {decoders[0].place(name): name for name in a.tensors}
     found: list[Difference] = []
     for name, info in base.tensors.items():
-        place = _place(name, decoders[1])
+        place = decoders[1].place(name)
         other = places.pop(place, None)
         layer = place.removesuffix(".weight") if decoders[1].canonical(name) and len(info.shape) == 2 else ""
         if other is None:
@@ -157,10 +150,3 @@ def _difference(name: str, layer: str, before: Tensor, after: Tensor) -> Differe
         equal,
         matrix.shape[1] if layer else 0,
     )
-
-
-def _place(name: str, decoder: Any) -> str:
-    canonical = decoder.canonical(name)
-    if canonical is not None:
-        return str(canonical)
-    return ".".join(part for part in name.split(".") if part not in ("model", "language_model", "text_model"))

@@ -30,6 +30,7 @@ __all__ = [
     "fingerprint",
     "read_tensor",
     "read_tensor_file",
+    "tensor_bytes",
 ]
 
 DTYPES: dict[str, torch.dtype] = {
@@ -163,12 +164,15 @@ def read_tensor(info: TensorInfo) -> Tensor:
     tensor = torch.empty(info.shape, dtype=DTYPES[info.dtype])
     if info.size:
         with open(info.path, "rb", buffering=0) as file:
-            read_bytes(file.fileno(), info.offset, _bytes_of(tensor), info.path)
+            read_bytes(file.fileno(), info.offset, tensor_bytes(tensor), info.path)
     return tensor
 
 
-def _bytes_of(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The tensor's bytes, without a copy where its elements lie side by side."""
+    if not tensor.numel():
+        return memoryview(b"")
+    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def read_bytes(descriptor: int, offset: int, target: memoryview, path: Path) -> None:

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from hpa.calibration import unwrap
-from hpa.checkpoint.adapter import Adapter, match_names
+from hpa.checkpoint.adapter import Adapter
 from hpa.checkpoint.files import CheckpointError, Folder, read_tensor
-from hpa.checkpoint.names import Decoder, find_decoder
-from hpa.checkpoint.plan import elements
-from hpa.layers import LowRankUpdate, add_update
+from hpa.checkpoint.names import Decoder, find_decoder, reduced
+from hpa.checkpoint.plan import decoder_of
+from hpa.layers import add_update
 
 __all__ = ["LazyModel", "module_decoder"]
 
@@ -53,16 +53,9 @@ class LazyModel:
             CheckpointError: transformers does not know the model, or has no place for one of its tensors.
         """
         self._folder, self._dtype = folder, dtype
-        sizes = {name: elements(info.shape) for name, info in folder.tensors.items()}
-        self._disk = find_decoder(sizes, folder.argument)
-        self._updates: dict[str, tuple[Any, bool]] = {}
-        self._replaced: dict[str, Any] = {}
-        if adapter is not None:
-            names = match_names([f"{path}.weight" for path in adapter.factors], folder.tensors, adapter.folder.argument)
-            for path, tensor in names.items():
-                self._updates[tensor] = (adapter.factors[path.removesuffix(".weight")], True)
-            replaced = match_names(adapter.replaced, folder.tensors, adapter.folder.argument)
-            self._replaced = {tensor: adapter.replaced[path] for path, tensor in replaced.items()}
+        self._disk = decoder_of(folder)
+        self._updates = {} if adapter is None else adapter.factors_on(folder.tensors)
+        self._replaced = {} if adapter is None else adapter.replaced_on(folder.tensors)
         self.model, self._architecture = _empty_model(folder, trust_remote_code)
         self.decoder = module_decoder(self.model, folder.argument)
         self._blocks: nn.ModuleList = self.model.get_submodule(self.decoder.path)  # type: ignore[assignment]
@@ -116,13 +109,13 @@ class LazyModel:
 
     def _matched(self) -> dict[str, Callable[[], Tensor]] | None:
         """For each parameter what reads it; ``None`` where some have no counterpart on disk."""
-        by_canonical = {self._disk.canonical(name) or _reduced(name): name for name in self._folder.tensors}
+        by_canonical = {self._disk.canonical(name) or reduced(name): name for name in self._folder.tensors}
         experts = _experts_alias(self._folder, self._disk)
         found: dict[str, Callable[[], Tensor]] = {}
         tied = set(getattr(self.model, "_tied_weights_keys", None) or ())
         head = getattr(self.model, "get_output_embeddings", lambda: None)()
         for full, parameter in self.model.named_parameters(remove_duplicate=False):
-            canonical = self.decoder.canonical(full) or _reduced(full)
+            canonical = self.decoder.canonical(full) or reduced(full)
             name = by_canonical.get(canonical) or by_canonical.get(experts(canonical))
             if name is not None and tuple(self._folder.tensors[name].shape) == tuple(parameter.shape):
                 found[full] = self._reader(name)
@@ -164,11 +157,7 @@ class LazyModel:
         tensor = read_tensor(self._replaced.get(name, self._folder.tensors[name]))
         dtype = tensor.dtype if self._dtype is None or not tensor.is_floating_point() else self._dtype
         if name in self._updates:
-            factors = self._updates[name][0]
-            update = factors.read()
-            if factors.transposed:
-                update = LowRankUpdate(update.B.T, update.A.T, update.scale)
-            return add_update(tensor, update, dtype)
+            return add_update(tensor, self._updates[name].read(), dtype)
         return tensor.to(dtype)
 
     def _load_outside(self) -> None:
@@ -197,15 +186,12 @@ class LazyModel:
             use_safetensors=True,
             trust_remote_code=trust_remote_code,
         )
-        for tensor, (factors, _) in self._updates.items():
-            target = _parameter_like(model, tensor, self._disk)
-            update = factors.read()
-            with torch.no_grad():
-                target.copy_(add_update(target, update, target.dtype))
-        if self._replaced:
+        with torch.no_grad():
+            for tensor, factors in self._updates.items():
+                target = _parameter_like(model, tensor, self._disk)
+                target.copy_(add_update(target, factors.read(), target.dtype))
             for tensor, info in self._replaced.items():
-                with torch.no_grad():
-                    _parameter_like(model, tensor, self._disk).copy_(read_tensor(info))
+                _parameter_like(model, tensor, self._disk).copy_(read_tensor(info))
         self.model = model
         self._blocks = model.get_submodule(self.decoder.path)
 
@@ -269,17 +255,12 @@ def _experts_alias(folder: Folder, decoder: Decoder) -> Callable[[str], str]:
 
 def _parameter_like(model: nn.Module, tensor: str, disk: Decoder) -> Tensor:
     decoder = module_decoder(model, "AFTER")
-    wanted = disk.canonical(tensor) or _reduced(tensor)
+    wanted = disk.canonical(tensor) or reduced(tensor)
     for name, parameter in model.named_parameters():
-        if (decoder.canonical(name) or _reduced(name)) == wanted:
+        if (decoder.canonical(name) or reduced(name)) == wanted:
             return parameter
     raise CheckpointError(f"AFTER: transformers' model has no place for '{tensor}'")
 
 
 def _assign(owner: nn.Module, name: str, tensor: Tensor) -> None:
     owner._parameters[name] = nn.Parameter(tensor, requires_grad=False)
-
-
-def _reduced(name: str) -> str:
-    wrappers = ("model", "language_model", "text_model", "transformer", "vision_model")
-    return ".".join(part for part in name.split(".") if part not in wrappers)

@@ -12,9 +12,16 @@ from pathlib import Path
 
 from torch import Tensor
 
-from hpa.checkpoint.files import DTYPE_NAMES, CheckpointError, encode_header, read_tensor, read_tensor_file
+from hpa.checkpoint.files import (
+    DTYPE_NAMES,
+    CheckpointError,
+    encode_header,
+    read_tensor,
+    read_tensor_file,
+    tensor_bytes,
+)
 from hpa.checkpoint.statistics import Statistics
-from hpa.checkpoint.stream import HashedFile, tensor_bytes
+from hpa.checkpoint.stream import HashedFile
 from hpa.methods import Method
 
 __all__ = ["Memory", "write_memory"]

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from hpa.checkpoint.files import DTYPES, CheckpointError, encode_header, read_tensor
+from hpa.checkpoint.files import DTYPES, CheckpointError, encode_header, read_tensor, tensor_bytes
 from hpa.checkpoint.memory import Memory
 from hpa.checkpoint.plan import Entry, Shard
 from hpa.checkpoint.statistics import Statistics
-from hpa.checkpoint.stream import HashedFile, read_ahead, tensor_bytes
+from hpa.checkpoint.stream import HashedFile, read_ahead
 from hpa.layers import InputStatistics, LayerChange, LayerEdit, LowRankUpdate, add_update
 from hpa.methods import Method
 from hpa.storage import write_file
@@ -203,12 +203,8 @@ def _result(
             assert loaded.source is not None
             _check_finite(entry, loaded.source)
             return loaded.source, None
-        assert entry.factors is not None
         assert loaded.before is not None
-        update = loaded.update
-        if entry.factors.transposed:
-            update = LowRankUpdate(update.B.T, update.A.T, update.scale)
-        merged = add_update(loaded.before, update, dtype)
+        merged = add_update(loaded.before, loaded.update, dtype)
         _check_finite(entry, merged)
         return merged, None
     assert entry.layer is not None

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from hpa.calibration import PROJECTOR_NAMES
 from hpa.checkpoint.files import CheckpointError
 
-__all__ = ["Decoder", "expert_input", "find_decoder", "is_projector", "is_router"]
+__all__ = ["Decoder", "expert_input", "find_decoder", "is_projector", "is_router", "projector_name", "reduced"]
 
 _BLOCK = re.compile(r"^(?P<prefix>|.*?\.)(?P<list>layers|h|blocks|block|layer)\.(?P<number>\d+)\.(?P<rest>.+)$")
 _OTHER_TOWERS = (
@@ -60,6 +60,13 @@ class Decoder:
         if not name.startswith(self.path + "."):
             return None
         return "layers." + name[len(self.path) + 1 :]
+
+    def place(self, name: str) -> str:
+        """What a tensor is told by in two folders that may spell its path differently."""
+        canonical = self.canonical(name)
+        if canonical is not None:
+            return canonical
+        return _without(name, ("model", "language_model", "text_model"))
 
     @staticmethod
     def block(canonical: str) -> int:
@@ -105,6 +112,18 @@ def is_projector(name: str) -> bool:
     return any(part in PROJECTOR_NAMES for part in name.split("."))
 
 
+def projector_name(name: str) -> str:
+    """The path from the projector's own name on; the whole path where none of its parts is one."""
+    parts = name.split(".")
+    start = next((index for index, part in enumerate(parts) if part in PROJECTOR_NAMES), 0)
+    return ".".join(parts[start:])
+
+
+def reduced(name: str) -> str:
+    """A path without the wrappers that one spelling of it has and another has not."""
+    return _without(name, ("model", "language_model", "text_model", "transformer", "vision_model"))
+
+
 def is_router(canonical: str) -> bool:
     """Whether a layer chooses experts; routers are left as the task made them."""
     rest = canonical.split(".", 3)[-1]
@@ -122,3 +141,7 @@ def expert_input(canonical: str) -> str | None:
         return None
     side = "out" if match["matrix"] in ("w2", "down_proj", "out") else "in"
     return f"{match['block']}.experts.{match['number']}.{side}"
+
+
+def _without(name: str, wrappers: tuple[str, ...]) -> str:
+    return ".".join(part for part in name.split(".") if part not in wrappers)

@@ -4,34 +4,20 @@ from __future__ import annotations
 
 import fnmatch
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from hashlib import sha256
 from typing import Literal
 
-from hpa.calibration import PROJECTOR_NAMES
+from hpa.calibration import LayerSpec
 from hpa.checkpoint.adapter import Adapter, Factors, match_names
 from hpa.checkpoint.files import CheckpointError, Folder, TensorInfo, fingerprint
-from hpa.checkpoint.names import Decoder, expert_input, find_decoder, is_projector, is_router
+from hpa.checkpoint.names import Decoder, expert_input, find_decoder, is_projector, is_router, projector_name
 
-__all__ = ["Entry", "Layer", "Plan", "Shard", "elements", "make_plan", "model_fingerprint", "model_layers"]
+__all__ = ["Entry", "Plan", "Shard", "decoder_of", "make_plan", "model_fingerprint", "model_layers"]
 
 Fate = Literal["merged", "copied", "skipped"]
 _QUANTISED = ("qweight", "qzeros", "weight_scale", "weight_packed", "absmax", "SCB", "weight_scale_inv")
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A linear layer that a method may edit.
-
-    Attributes:
-        name: canonical, see :mod:`hpa.checkpoint.names`.
-        block: 1-based decoder block; 0 for the projector.
-    """
-
-    name: str
-    block: int
-    blocks: int
 
 
 @dataclass(frozen=True)
@@ -54,7 +40,7 @@ class Entry:
     source: TensorInfo
     before: TensorInfo | None = None
     factors: Factors | None = None
-    layer: Layer | None = None
+    layer: LayerSpec | None = None
     part: str = ""
 
     @property
@@ -79,7 +65,7 @@ class Plan:
     shards: list[Shard]
     skipped: list[Entry]
     decoder: Decoder
-    layers: list[Layer] = field(default_factory=list)
+    layers: list[LayerSpec] = field(default_factory=list)
 
     @property
     def entries(self) -> list[Entry]:
@@ -99,38 +85,40 @@ class Plan:
         return max((entry.held for entry in self.entries if entry.fate == "merged"), default=0)
 
 
+def decoder_of(folder: Folder) -> Decoder:
+    """Where the decoder's blocks are in a folder; raises as :func:`~hpa.checkpoint.names.find_decoder`."""
+    return find_decoder({name: math.prod(info.shape) for name, info in folder.tensors.items()}, folder.argument)
+
+
 def model_layers(
-    shapes: Mapping[str, tuple[int, ...]], decoder: Decoder, *, include_projector: bool = False
-) -> dict[str, tuple[Layer, str]]:
+    folder: Folder, decoder: Decoder, *, include_projector: bool = False
+) -> dict[str, tuple[LayerSpec, str]]:
     """The layers to edit, by canonical name, with the tensor that holds each.
 
     Args:
-        shapes: tensor name -> shape.
-        decoder: of :func:`~hpa.checkpoint.names.find_decoder`.
+        folder: the model.
+        decoder: of :func:`decoder_of`.
         include_projector: also the linear layers between vision tower and decoder, as block 0.
     """
-    found: dict[str, tuple[Layer, str]] = {}
-    for name, shape in shapes.items():
-        if len(shape) != 2 or not name.endswith(".weight"):
+    found: dict[str, tuple[LayerSpec, str]] = {}
+    for name, info in folder.tensors.items():
+        if len(info.shape) != 2 or not name.endswith(".weight"):
             continue
         path = name.removesuffix(".weight")
         canonical = decoder.canonical(path)
         if canonical is not None:
             if is_router(canonical) or canonical.endswith("relative_attention_bias") or "embed" in canonical:
                 continue
-            found[canonical] = (Layer(canonical, decoder.block(canonical), decoder.blocks), name)
+            found[canonical] = (LayerSpec(canonical, decoder.block(canonical), decoder.blocks), name)
         elif include_projector and is_projector(path):
-            parts = path.split(".")
-            start = next(index for index, part in enumerate(parts) if part in PROJECTOR_NAMES)
-            canonical = ".".join(parts[start:])
-            found[canonical] = (Layer(canonical, 0, decoder.blocks), name)
+            canonical = projector_name(path)
+            found[canonical] = (LayerSpec(canonical, 0, decoder.blocks), name)
     return found
 
 
 def model_fingerprint(model: Folder, adapter: Adapter | None = None) -> str:
     """Of a model's layers, or of a base with an adapter on it."""
-    decoder = find_decoder({name: elements(info.shape) for name, info in model.tensors.items()}, model.argument)
-    layers = model_layers({name: info.shape for name, info in model.tensors.items()}, decoder)
+    layers = model_layers(model, decoder_of(model))
     print_ = fingerprint(model, {name: tensor for name, (_, tensor) in layers.items()})
     if adapter is None:
         return print_
@@ -166,16 +154,13 @@ def make_plan(
     base = before if adapter is not None else after
     _refuse_quantised(before)
     _refuse_quantised(base)
-    decoder = find_decoder({name: elements(info.shape) for name, info in base.tensors.items()}, base.argument)
-    before_decoder = find_decoder(
-        {name: elements(info.shape) for name, info in before.tensors.items()}, before.argument
-    )
+    decoder, before_decoder = decoder_of(base), decoder_of(before)
     if decoder.blocks != before_decoder.blocks:
         raise CheckpointError(
             f"{after.argument}: has {decoder.blocks} decoder blocks, expected {before_decoder.blocks} as BEFORE has"
         )
-    layers = _chosen(model_layers(_shapes(base), decoder, include_projector=include_projector), known, skip, after)
-    old = model_layers(_shapes(before), before_decoder, include_projector=include_projector)
+    layers = _chosen(model_layers(base, decoder, include_projector=include_projector), known, skip, after)
+    old = model_layers(before, before_decoder, include_projector=include_projector)
     for canonical, (_, name) in old.items():
         if canonical not in layers and not _matches(canonical, skip):
             raise CheckpointError(f"{after.argument}: layer {canonical} is missing; BEFORE has it as {name}")
@@ -197,7 +182,7 @@ def _plan_pair(
     before: Folder,
     after: Folder,
     decoder: Decoder,
-    by_tensor: dict[str, Layer],
+    by_tensor: dict[str, LayerSpec],
     left_out: set[str],
     before_names: dict[str, str],
     before_decoder: Decoder,
@@ -234,11 +219,11 @@ def _plan_pair(
                 )
             )
         shards.append(Shard(file_name, entries, file.metadata))
-    there = {_same_place(name, decoder) for name in after.tensors}
+    there = {decoder.place(name) for name in after.tensors}
     skipped = [
         Entry(name, "skipped", "only in BEFORE", info)
         for name, info in before.tensors.items()
-        if name not in used and _same_place(name, before_decoder) not in there
+        if name not in used and before_decoder.place(name) not in there
     ]
     return Plan(shards, skipped, decoder, list(by_tensor.values()))
 
@@ -247,21 +232,12 @@ def _plan_adapter(
     before: Folder,
     adapter: Adapter,
     decoder: Decoder,
-    by_tensor: dict[str, Layer],
+    by_tensor: dict[str, LayerSpec],
     left_out: set[str],
     save_as: str,
 ) -> Plan:
     argument = adapter.folder.argument
-    factors = {
-        tensor: adapter.factors[path.removesuffix(".weight")]
-        for path, tensor in match_names(
-            [f"{path}.weight" for path in adapter.factors], before.tensors, argument
-        ).items()
-    }
-    replaced = {
-        tensor: adapter.replaced[path]
-        for path, tensor in match_names(adapter.replaced, before.tensors, argument).items()
-    }
+    factors, replaced = adapter.factors_on(before.tensors), adapter.replaced_on(before.tensors)
     for path, tensor in match_names(adapter.copies, before.tensors, argument).items():
         if adapter.copies[path].shape != before.tensors[tensor].shape:
             raise CheckpointError(
@@ -316,7 +292,9 @@ def _plan_adapter(
     return Plan(shards, [], decoder, layers)
 
 
-def _adapter_shard(before: Folder, adapter: Adapter, factors: dict[str, Factors], by_tensor: dict[str, Layer]) -> Shard:
+def _adapter_shard(
+    before: Folder, adapter: Adapter, factors: dict[str, Factors], by_tensor: dict[str, LayerSpec]
+) -> Shard:
     halves: dict[str, tuple[str, str]] = {}
     for tensor, pair in factors.items():
         halves[pair.a.name] = (tensor, "A")
@@ -345,8 +323,8 @@ def _adapter_shard(before: Folder, adapter: Adapter, factors: dict[str, Factors]
 
 
 def _chosen(
-    layers: dict[str, tuple[Layer, str]], known: Iterable[str] | None, skip: list[str], after: Folder
-) -> dict[str, tuple[Layer, str]]:
+    layers: dict[str, tuple[LayerSpec, str]], known: Iterable[str] | None, skip: list[str], after: Folder
+) -> dict[str, tuple[LayerSpec, str]]:
     """``layers``, checked against those that statistics are known for."""
     if not layers:
         raise CheckpointError(f"{after.argument}: no linear layers ([rows, cols] named *.weight) in its decoder blocks")
@@ -405,22 +383,5 @@ def _same_shape(info: TensorInfo, expected: TensorInfo, argument: str) -> Tensor
     return info
 
 
-def _same_place(name: str, decoder: Decoder) -> str:
-    """A name that two spellings of one tensor share."""
-    canonical = decoder.canonical(name)
-    if canonical is not None:
-        return canonical
-    return ".".join(part for part in name.split(".") if part not in ("model", "language_model", "text_model"))
-
-
 def _matches(name: str, patterns: list[str]) -> bool:
     return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _shapes(folder: Folder) -> dict[str, tuple[int, ...]]:
-    return {name: info.shape for name, info in folder.tensors.items()}
-
-
-def elements(shape: tuple[int, ...]) -> int:
-    """Numbers in a tensor of this shape."""
-    return math.prod(shape)

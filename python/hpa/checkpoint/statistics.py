@@ -12,7 +12,6 @@ statistics are (METHOD 1.1, 6.2).
 from __future__ import annotations
 
 import json
-import math
 import os
 import tempfile
 from collections.abc import Mapping
@@ -24,12 +23,21 @@ import torch
 from torch import Tensor
 
 import hpa_ext
-from hpa.checkpoint.files import DTYPE_NAMES, CheckpointError, TensorFile, encode_header, read_tensor, read_tensor_file
+from hpa.checkpoint.files import (
+    DTYPE_NAMES,
+    CheckpointError,
+    TensorFile,
+    encode_header,
+    read_tensor,
+    read_tensor_file,
+    tensor_bytes,
+)
 from hpa.checkpoint.names import expert_input
-from hpa.checkpoint.stream import HashedFile, tensor_bytes
+from hpa.checkpoint.stream import HashedFile
 from hpa.layers import InputStatistics
+from hpa.triangle import pack, unpack
 
-__all__ = ["InputInfo", "Statistics", "StatisticsInfo", "StatisticsWriter", "pack", "unpack"]
+__all__ = ["InputInfo", "Statistics", "StatisticsInfo", "StatisticsWriter"]
 
 Role = Literal["safety", "task"]
 METADATA_KEY = "hpa"
@@ -134,7 +142,13 @@ class Statistics:
                 gram = torch.zeros(about.cols, about.cols)
                 hpa_ext.accumulate_gram_(gram, vectors, 1.0)
             elif "gram" in want:
-                gram = unpack(self._tensor(f"gram.{key}", "a Gram matrix", " --gram"), about.cols)
+                packed = self._tensor(f"gram.{key}", "a Gram matrix", " --gram")
+                numbers = about.cols * (about.cols + 1) // 2
+                if packed.shape != (numbers,):
+                    raise CheckpointError(
+                        f"gram: expected {numbers} numbers for {about.cols} columns, got {packed.numel()}"
+                    )
+                gram = unpack(packed, about.cols)
         return InputStatistics(
             gram=gram,
             inverse_diagonal=diagonal,
@@ -226,31 +240,6 @@ class StatisticsWriter:
         self._parts.write(tensor_bytes(tensor))
 
 
-def pack(gram: Tensor) -> Tensor:
-    """Lower triangle of ``[cols, cols]``, row by row, float32."""
-    cols = gram.shape[0]
-    out = torch.empty(cols * (cols + 1) // 2, dtype=torch.float32)
-    position = 0
-    for row in range(cols):
-        out[position : position + row + 1] = gram[row, : row + 1]
-        position += row + 1
-    return out
-
-
-def unpack(packed: Tensor, cols: int) -> Tensor:
-    """``[cols, cols]`` float32 with the lower triangle of a packed one, zeros above."""
-    if packed.shape != (cols * (cols + 1) // 2,):
-        raise CheckpointError(
-            f"gram: expected {cols * (cols + 1) // 2} numbers for {cols} columns, got {packed.numel()}"
-        )
-    gram = torch.zeros(cols, cols)
-    position = 0
-    for row in range(cols):
-        gram[row, : row + 1] = packed[position : position + row + 1]
-        position += row + 1
-    return gram
-
-
 def _vectors(gram: Tensor, energy: float) -> tuple[Tensor | None, float]:
     """Rows ``v`` with ``sum v v' ~ H`` that hold ``energy`` of its trace, where they are fewer numbers than the
     triangle; and the share they hold."""
@@ -271,8 +260,3 @@ def _cols(seen: InputStatistics) -> int:
         if tensor is not None:
             return int(tensor.shape[0])
     return 0
-
-
-def packed_size(cols: int) -> int:
-    """Bytes of a packed triangle."""
-    return 4 * math.comb(cols + 1, 2)

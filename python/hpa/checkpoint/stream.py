@@ -14,21 +14,11 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Generic, TypeVar
 
-import torch
-from torch import Tensor
-
-__all__ = ["HashedFile", "hash_file", "read_ahead", "tensor_bytes"]
+__all__ = ["HashedFile", "hash_file", "read_ahead"]
 
 Item = TypeVar("Item")
 Loaded = TypeVar("Loaded")
 PIECE = 8 << 20  # bytes handed to the operating system and the hash at a time
-
-
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The tensor's bytes, without a copy."""
-    if not tensor.numel():
-        return memoryview(b"")
-    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy().data)
 
 
 def hash_file(path: Path, *, until: int | None = None) -> hashlib._Hash:

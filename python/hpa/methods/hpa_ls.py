@@ -29,6 +29,7 @@ from hpa.columns import keep_as_learned, measure, measured_numbers, stored
 from hpa.config import CalibrationConfig, ColumnConfig
 from hpa.layers import InputStatistics, LayerChange, LayerEdit, LowRankUpdate, Number
 from hpa.methods.base import Method
+from hpa.triangle import pack, unpack
 from hpa_ext import DampingWarning, FactorizationError
 
 __all__ = ["HPALeastSquares", "LeastSquaresConfig"]
@@ -133,7 +134,7 @@ class HPALeastSquares(Method):
     def observe_edited(self, statistics: Mapping[str, InputStatistics]) -> None:
         for key, seen in statistics.items():
             if seen.gram is not None and not seen.zero:
-                self._pending[key] = _pack(seen.gram)
+                self._pending[key] = pack(seen.gram)
 
     def finish_task(self) -> None:
         """Fold the task's Gram matrices into the memory."""
@@ -183,14 +184,14 @@ class HPALeastSquares(Method):
                 raise ValueError(f"layer {change.label}: the memory of its input is for another width than {cols}")
             share = self._tasks[change.input_key] if self.config.memory_weighting == "mean" else 1
             weight = self.config.memory / max(share, 1)
-            kept += weight * _unpack(packed.to(kept.device), cols)
+            kept += weight * _whole(unpack(packed.to(kept.device), cols))
         if (
             self.config.memory > 0
             and self.config.memory_source == "trained"
             and task.gram is not None
             and not task.zero
         ):
-            self._pending[change.input_key] = _pack(task.gram)
+            self._pending[change.input_key] = pack(task.gram)
         self._filter = _Filter.build(change, safety, task, kept, wanted, self.config)
         return self._filter
 
@@ -273,17 +274,10 @@ def _symmetric(which: str, statistics: InputStatistics, change: LayerChange) -> 
     if tuple(statistics.gram.shape) != (change.cols, change.cols):
         found = tuple(statistics.gram.shape)
         raise ValueError(f"layer {change.label}: {which} gram: expected [{change.cols}, {change.cols}], got {found}")
-    lower = statistics.gram.to(change.before.device, torch.float64).tril()
-    return lower + lower.tril(-1).T
+    return _whole(statistics.gram.to(change.before.device).tril())
 
 
-def _pack(gram: Tensor) -> Tensor:
-    """Lower triangle, row by row, float32."""
-    return gram[torch.ones_like(gram, dtype=torch.bool).tril_()].to(torch.float32)
-
-
-def _unpack(packed: Tensor, cols: int) -> Tensor:
-    """The symmetric float64 matrix of a packed lower triangle."""
-    lower = torch.zeros(cols, cols, dtype=torch.float64, device=packed.device)
-    lower[torch.ones_like(lower, dtype=torch.bool).tril_()] = packed.double()
+def _whole(lower: Tensor) -> Tensor:
+    """The symmetric float64 matrix of a lower triangle."""
+    lower = lower.double()
     return lower + lower.tril(-1).T
