@@ -39,6 +39,38 @@ def test_every_instruction_set_agrees_with_the_reference(isa: str, tokens: int, 
     check(normal(cols, cols, seed=1), normal(tokens, cols, dtype=dtype), 2.0)
 
 
+FEW = 64  # kFewTokens of csrc/cpu/accumulate_gram.cpp
+
+
+@pytest.mark.parametrize("wide", [False, True], ids=["float32", "float64"])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 31, FEW - 1, FEW, FEW + 1])
+def test_few_tokens_agree_with_float64(isa: str, tokens: int, wide: bool) -> None:
+    # Sizes around a strip, a panel, a band of rows and a run of columns, in every instruction set.
+    for cols in (1, 5, 23, 24, 25, 49, 95, 96, 97, 203, 1030):
+        for dtype in (torch.float64,) if wide else NARROW:
+            gram = normal(cols, cols, seed=cols, dtype=torch.float64 if wide else torch.float32)
+            step = 1 + cols % 2
+            x = normal(tokens, step * cols, seed=tokens, dtype=dtype)[:, ::step]
+            padded = torch.full((cols, cols + 3), math.nan, dtype=gram.dtype)  # rows with a stride of their own
+            padded[:, :cols] = gram
+            hpa_ext.accumulate_gram_(padded[:, :cols], x, 1.5, backend="cpu")
+            expected = f64(gram) + np.tril(1.5 * f64(x).T @ f64(x))
+            assert_within(padded[:, :cols], torch.from_numpy(expected), bound(gram, x, 1.5))
+            assert torch.equal(padded[:, :cols].triu(1), gram.triu(1))
+            assert padded[:, cols:].isnan().all()
+
+
+@pytest.mark.parametrize("tokens", [1, 9, FEW])
+def test_few_tokens_give_the_same_bits_for_any_number_of_threads(threads, tokens: int) -> None:
+    x = normal(tokens, 1500, dtype=torch.bfloat16)
+    results = []
+    for count in (1, 2, 3):
+        threads(count)
+        results.append(hpa_ext.accumulate_gram_(torch.zeros(1500, 1500), x))
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
 @given(
     tokens=st.sampled_from((*SIZES, 300)),
     cols=st.sampled_from(SIZES),

@@ -54,8 +54,8 @@ class BlockMatrix {
  public:
   BlockMatrix(const isa::Kernels<T>& kernels, std::int64_t n)
       : panel(kernels.panel),
-        order(round_up(n, kernels.group)),
-        block(std::min(order, round_up(n <= kSmall ? kSmallBlock : kBlock, kernels.group))),
+        order(round_up(n, kernels.panel)),
+        block(std::min(order, round_up(n <= kSmall ? kSmallBlock : kBlock, kernels.panel))),
         blocks(ceil_div(order, block)),
         data_(offset(blocks)) {}
 
@@ -125,8 +125,8 @@ FactorStatus factor_block(const isa::Kernels<T>& kernels, const BlockMatrix<T>& 
       kernels.transpose_square(c + below * p, lanes);
       kernels.solve_corner(corner, lanes);
     }
-    for (std::int64_t lane = col / kernels.group * kernels.group; lane < size; lane += kernels.group) {
-      kernels.panels_to_strips(p, size, panels + lane * size + col * p, strips + lane * size + col * q);
+    for (std::int64_t lane = col; lane < size; lane += p) {
+      kernels.cut_panel(p, panels + lane * size + col * p, strips + lane * size + col * q, size * q);
     }
   }
   return FactorStatus::ok;
@@ -166,34 +166,29 @@ FactorStatus eliminate(const isa::Kernels<T>& kernels, const BlockMatrix<T>& mat
     const auto panel_of = [&](std::int64_t col) {
       return col < stop ? matrix.at(start, col) : panels.data() + (col - start) * size;
     };
-    const std::int64_t first = inverse ? 0 : stop, groups = (order - first) / kernels.group;
-    parallel_for(groups, useful_threads((order - first) * size * size / 2, kGrain, threads),
+    const std::int64_t first = inverse ? 0 : stop;
+    parallel_for((order - first) / p, useful_threads((order - first) * size * size / 2, kGrain, threads),
                  [&](std::int64_t task, int) {
-                   const std::int64_t lane = first + task * kernels.group;
-                   for (std::int64_t col = lane; col < lane + kernels.group; col += p) {
-                     T* solved = panel_of(col);
-                     if (col >= stop) {
-                       for (std::int64_t d = 0; d < size; d += p) {
-                         T* from = matrix.at(col, start + d);
-                         kernels.transpose_square(from, solved + d * p);
-                         if (inverse) std::fill(from, from + p * p, T(0));  // becomes the right-hand side of block k
-                       }
-                       kernels.solve_strips(size, 0, strips.data(), solved);
-                       continue;
+                   const std::int64_t col = first + task * p;
+                   T* solved = panel_of(col);
+                   if (col >= stop) {
+                     for (std::int64_t d = 0; d < size; d += p) {
+                       T* from = matrix.at(col, start + d);
+                       kernels.transpose_square(from, solved + d * p);
+                       if (inverse) std::fill(from, from + p * p, T(0));  // becomes the right-hand side of block k
                      }
-                     std::int64_t zeros = 0;
-                     if (col >= start) {
-                       std::fill(solved, solved + size * p, T(0));
-                       for (std::int64_t lane = 0; lane < p; ++lane) solved[(col - start + lane) * p + lane] = T(1);
-                       zeros = (col - start) / q * q;
-                     }
-                     kernels.solve_strips(size, zeros, strips.data(), solved);
-                     kernels.add_lane_squares(size - zeros, solved + zeros * p, sums + col);
+                     kernels.solve_strips(size, 0, strips.data(), solved);
+                     kernels.cut_panel(size, solved, strips.data() + (col - start) * size, size * q);
+                     return;
                    }
-                   if (lane >= stop) {
-                     const std::int64_t at = (lane - start) * size;
-                     kernels.panels_to_strips(size, size, panels.data() + at, strips.data() + at);
+                   std::int64_t zeros = 0;
+                   if (col >= start) {
+                     std::fill(solved, solved + size * p, T(0));
+                     for (std::int64_t lane = 0; lane < p; ++lane) solved[(col - start + lane) * p + lane] = T(1);
+                     zeros = (col - start) / q * q;
                    }
+                   kernels.solve_strips(size, zeros, strips.data(), solved);
+                   kernels.add_lane_squares(size - zeros, solved + zeros * p, sums + col);
                  });
     update_blocks(kernels, matrix, k + 1, inverse ? 0 : k + 1, size, strips.data() + size * size, panel_of, T(-1),
                   threads);
@@ -265,19 +260,16 @@ void gram_of(const isa::Kernels<T>& kernels, const MatrixView& source, T scale, 
   }
   for (std::int64_t begin = 0; begin < source.cols; begin += deepest) {
     const std::int64_t depth = std::min(deepest, source.cols - begin);
-    parallel_for(
-        order / kernels.group, useful_threads(n * depth, 1 << 16, threads), [&](std::int64_t task, int thread) {
-          const std::int64_t lane = task * kernels.group;
-          for (std::int64_t col = lane; col < lane + kernels.group; col += p) {
-            T* panel = panels.data() + col * depth;
-            if (col >= n) {
-              std::fill(panel, panel + depth * p, T(0));
-            } else {
-              pack_panel(kernels, source, col, begin, depth, panel, scratch.data() + thread * kPackRows * deepest);
-            }
-          }
-          kernels.panels_to_strips(depth, depth, panels.data() + lane * depth, strips.data() + lane * depth);
-        });
+    parallel_for(order / p, useful_threads(n * depth, 1 << 16, threads), [&](std::int64_t task, int thread) {
+      const std::int64_t col = task * p;
+      T* panel = panels.data() + col * depth;
+      if (col >= n) {
+        std::fill(panel, panel + depth * p, T(0));
+      } else {
+        pack_panel(kernels, source, col, begin, depth, panel, scratch.data() + thread * kPackRows * deepest);
+      }
+      kernels.cut_panel(depth, panel, strips.data() + col * depth, depth * kernels.strip);
+    });
     const auto panel_of = [&](std::int64_t col) { return panels.data() + col * depth; };
     update_blocks(kernels, matrix, 0, 0, depth, strips.data(), panel_of, scale, threads);
   }

@@ -5,7 +5,7 @@
 #define HPA_VECTOR_BYTES 16
 // Sums of a tile must fit the registers beside its operands: 16 of them on x86-64, 32 on aarch64.
 #ifdef __aarch64__
-#define HPA_TILE_VECTORS 3
+#define HPA_TILE_VECTORS 4
 #else
 #define HPA_TILE_VECTORS 2
 #endif

@@ -3,14 +3,6 @@
 // Lanes of an operand are packed twice: in panels [depth][kPanel], the vectors of a tile, and in strips [depth][kDown],
 // its rows.  A tile of the result is [kDown][kPanel].
 
-// Lanes that fill whole panels and whole strips.
-template <class T>
-constexpr std::int64_t group_lanes() {
-  std::int64_t lanes = kPanel<T>;
-  while (lanes % kDown != 0) lanes += kPanel<T>;
-  return lanes;
-}
-
 template <class T>
 void multiply_strips(std::int64_t depth, std::int64_t count, const T* strips, std::int64_t pitch, const T* panel,
                      T alpha, T* c) {
@@ -111,14 +103,4 @@ void transpose_square(const T* __restrict from, T* __restrict to) {
   constexpr std::int64_t p = kPanel<T>;
   for (std::int64_t i = 0; i < p; ++i)
     for (std::int64_t j = 0; j < p; ++j) to[i * p + j] = from[j * p + i];
-}
-
-template <class T>
-void panels_to_strips(std::int64_t depth, std::int64_t capacity, const T* __restrict panels, T* __restrict strips) {
-  constexpr std::int64_t p = kPanel<T>;
-  for (std::int64_t lane = 0; lane < group_lanes<T>(); ++lane) {
-    const T* from = panels + lane / p * capacity * p + lane % p;
-    T* to = strips + lane / kDown * capacity * kDown + lane % kDown;
-    for (std::int64_t d = 0; d < depth; ++d) to[d * kDown] = from[d * p];
-  }
 }

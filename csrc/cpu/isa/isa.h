@@ -84,8 +84,7 @@ struct Kernels {
   void (*add_lane_squares)(std::int64_t depth, const T* lanes, double* sums);
 
   // ---- Blocks of a factorisation: lanes also in strips, `strip` lanes side by side, [depth][strip]. ----
-  std::int64_t strip;
-  std::int64_t group;  // lanes that fill whole panels and whole strips
+  std::int64_t strip;  // divides `panel`
 
   // c[s][i][j] += alpha * sum_d strips[s][d][i] panel[d][j] for s < count; c [count * strip][panel] contiguous; strips
   // `pitch` elements apart.
@@ -99,9 +98,8 @@ struct Kernels {
   std::int64_t (*factor_corner)(T* corner);
   // Forward substitution with U^T in every lane of a panel of depth `panel`.
   void (*solve_corner)(const T* corner, T* panel);
-  void (*transpose_square)(const T* from, T* to);  // [panel][panel]
-  // A group of lanes from panels to strips, both with room for `capacity` depths of which `depth` are copied.
-  void (*panels_to_strips)(std::int64_t depth, std::int64_t capacity, const T* panels, T* strips);
+  void (*transpose_square)(const T* from, T* to);                                        // [panel][panel]
+  void (*cut_panel)(std::int64_t depth, const T* panel, T* strips, std::int64_t pitch);  // `pitch` as above
 
   // ---- A few long rows, `pitch` elements apart; `length` is a multiple of `panel`. ----
   // gram[i][j] += <row i, row j> for j <= i; gram [count][count].  Products are summed in T by lane, lanes in double.
@@ -110,6 +108,10 @@ struct Kernels {
   void (*substitute_rows)(std::int64_t count, const T* strips, T* rows, std::int64_t pitch, std::int64_t length);
 
   Product<T, T> product;
+  // c[i][j] += alpha * sum_d strip[d][i] panels[j / panel][d][j % panel] for i < rows <= strip, j < cols and
+  // j <= i + reach.
+  void (*multiply_run)(std::int64_t depth, const T* strip, const T* panels, T alpha, std::int64_t rows,
+                       std::int64_t cols, std::int64_t reach, T* c, std::int64_t stride);
 };
 
 struct Table {

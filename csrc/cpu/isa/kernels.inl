@@ -49,16 +49,16 @@ constexpr Kernels<T> make_kernels() {
       update<T>,
       add_lane_squares<T>,
       kDown,
-      group_lanes<T>(),
       multiply_strips<T>,
       solve_strips<T>,
       factor_corner<T>,
       solve_corner<T>,
       transpose_square<T>,
-      panels_to_strips<T>,
+      cut_panel<T>,
       add_row_products<T>,
       substitute_rows<T>,
       make_product<T>(),
+      multiply_run<T>,
   };
 }
 

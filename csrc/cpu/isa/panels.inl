@@ -84,17 +84,22 @@ void update(std::int64_t depth, const T* a, const T* b, T alpha, std::int64_t ro
 
 // ---- Symmetric products ----
 
-// The left operand: strips of kDown lanes, so that a tile reads whole cache lines of it.
+// A panel in strips of kDown lanes, `pitch` elements apart, so that a tile reads whole cache lines of its rows.
 template <class E>
-void turn(std::int64_t depth, const E* __restrict right, E* __restrict left) {
+void cut_panel(std::int64_t depth, const E* __restrict panel, E* __restrict strips, std::int64_t pitch) {
   constexpr std::int64_t p = kPanel<E>;
   static_assert(p % kDown == 0);
-  for (std::int64_t d = 0; d < depth; ++d) {
-    for (std::int64_t lane = 0; lane < p; lane += kDown) {
+  for (std::int64_t d = 0; d < depth; ++d, panel += p) {
+    for (std::int64_t s = 0; s < p / kDown; ++s) {
 #pragma GCC unroll 16
-      for (int i = 0; i < kDown; ++i) left[lane * depth + d * kDown + i] = right[d * p + lane + i];
+      for (int i = 0; i < kDown; ++i) strips[s * pitch + d * kDown + i] = panel[s * kDown + i];
     }
   }
+}
+
+template <class E>
+void turn(std::int64_t depth, const E* right, E* left) {
+  cut_panel(depth, right, left, depth * kDown);
 }
 
 template <class Of>
@@ -120,6 +125,21 @@ void multiply(std::int64_t depth, const typename Of::Entry* left, const typename
       }
     }
     add_tile<T>(sum, alpha, top, rows, cols, reach, c, stride);
+  }
+}
+
+// One strip of rows, along panel after panel: a run of memory in each of its rows.
+template <class T>
+void multiply_run(std::int64_t depth, const T* strip, const T* panels, T alpha, std::int64_t rows, std::int64_t cols,
+                  std::int64_t reach, T* c, std::int64_t stride) {
+  constexpr std::int64_t p = kPanel<T>, line = 64 / sizeof(T);
+  for (std::int64_t j = 0; j < cols && j < rows + reach; j += p, panels += depth * p) {
+    for (int i = 0; i < kDown; ++i) {
+      for (std::int64_t k = 0; k < p; k += line) __builtin_prefetch(c + (i + kDown) * stride + j + k, 1);
+    }
+    V<T> sum[kDown][kAcross];
+    tile<Elements<T>, kDown>(depth, strip, panels, sum);
+    add_tile<T>(sum, alpha, 0, rows, cols - j < p ? cols - j : p, reach - j, c + j, stride);
   }
 }
 
