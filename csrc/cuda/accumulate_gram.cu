@@ -14,6 +14,7 @@
 //              which is the transpose of what the instruction wants on both sides, and ldmatrix transposes on the way.
 //              Three stages of cp.async hide the loads; 16-byte pieces are swizzled, so that the eight rows an ldmatrix
 //              reads lie in different banks.  Owners and order of sums are fixed by shape: the same bits on every run.
+// Resident     blocks of 256 threads: matrix_kernel 1, multiply_kernel 1.  Registers hold the sums twice.
 #include "symmetric.cuh"
 
 #include <algorithm>

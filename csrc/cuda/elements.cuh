@@ -128,13 +128,13 @@ __device__ __forceinline__ void load_four(const void* data, DType dtype, std::in
 template <class T>
 __device__ __forceinline__ void store_four(void* data, DType dtype, std::int64_t index, const T (&values)[4]) {
   if (dtype == DType::f32) {
-    *reinterpret_cast<float4*>(static_cast<float*>(data) + index) =
-        make_float4(static_cast<float>(values[0]), static_cast<float>(values[1]), static_cast<float>(values[2]),
-                    static_cast<float>(values[3]));
+    store_whole(static_cast<float*>(data) + index,
+                make_float4(static_cast<float>(values[0]), static_cast<float>(values[1]), static_cast<float>(values[2]),
+                            static_cast<float>(values[3])));
   } else if (dtype == DType::f64) {
-    auto* pairs = reinterpret_cast<double2*>(static_cast<double*>(data) + index);
-    pairs[0] = make_double2(static_cast<double>(values[0]), static_cast<double>(values[1]));
-    pairs[1] = make_double2(static_cast<double>(values[2]), static_cast<double>(values[3]));
+    auto* to = static_cast<double*>(data) + index;
+    store_whole(to, make_double2(static_cast<double>(values[0]), static_cast<double>(values[1])));
+    store_whole(to + 2, make_double2(static_cast<double>(values[2]), static_cast<double>(values[3])));
   } else {
     std::uint32_t words[2] = {0, 0};
 #pragma unroll
@@ -142,7 +142,7 @@ __device__ __forceinline__ void store_four(void* data, DType dtype, std::int64_t
       const std::uint32_t bits = dtype == DType::bf16 ? narrow<Bfloat16>(values[i]).bits : narrow<Half>(values[i]).bits;
       words[i / 2] |= bits << (16 * (i % 2));
     }
-    *reinterpret_cast<uint2*>(static_cast<std::uint16_t*>(data) + index) = make_uint2(words[0], words[1]);
+    store_whole(static_cast<std::uint16_t*>(data) + index, make_uint2(words[0], words[1]));
   }
 }
 

@@ -17,6 +17,7 @@
 //                and left of it the right-hand side of L X = I as far as it is solved; adds the squares of the left part
 //                to sums; and takes <p_i, p_j> off all that is below.  Whether a pivot failed is known on the device:
 //                later kernels look and return, nothing waits.  The same bits on every run.
+// Resident       blocks of 256 threads: panel_kernel 4, factor_kernel 4, damp_kernel 8, lambda_kernel 8, finish_kernel 8.
 #include <algorithm>
 
 #include "elements.cuh"

@@ -31,6 +31,21 @@ __device__ __forceinline__ std::uint16_t float_to_bfloat16(float value) {
   return bits;
 }
 
+// One store to global memory; the compiler may take an assignment of four numbers apart.
+__device__ __forceinline__ void store_whole(void* to, float4 value) {
+  asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(value.x), "f"(value.y), "f"(value.z),
+               "f"(value.w)
+               : "memory");
+}
+
+__device__ __forceinline__ void store_whole(void* to, double2 value) {
+  asm volatile("st.global.v2.f64 [%0], {%1, %2};" ::"l"(to), "d"(value.x), "d"(value.y) : "memory");
+}
+
+__device__ __forceinline__ void store_whole(void* to, uint2 value) {
+  asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(to), "r"(value.x), "r"(value.y) : "memory");
+}
+
 // Starts copying 16 bytes from global to shared memory; bytes from `valid` on become zero.  Both are 16-byte aligned.
 __device__ __forceinline__ void copy_async(void* shared, const void* global, int valid) {
   const auto address = static_cast<std::uint32_t>(__cvta_generic_to_shared(shared));

@@ -8,6 +8,7 @@
 // Bound        memory.
 // Design       A warp takes 512 bytes of a row, a lane owns 16 bytes of columns and keeps their part of the mask in
 //              registers while it goes down the rows.  Elements are independent: the same bits on every run.
+// Resident     blocks of 256 threads: merge_kernel 2.
 #include "elements.cuh"
 #include "hpa/check.h"
 #include "launch.cuh"

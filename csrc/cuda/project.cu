@@ -4,14 +4,17 @@
 //              thread, then a tree over 256 threads), float64 over chunks and over the list.  g is rounded to its
 //              storage dtype once a pass.
 // Bytes moved  One vector: grads read twice and written once, basis read twice, the minimum for dot products that must
-//              be finished before they are used; grads are read once more for each 32 further rows of the basis, from
+//              be finished before they are used; grads are read once more for each 16 further rows of the basis, from
 //              the second-level cache.  Many vectors: eight share a reading of the basis.
 // Bound        memory for one vector; for many, loads from the second-level cache.
-// Design       Two kernels a pass.  The first gives each block a chunk of elements, and 1 vector with 32 rows of the
+// Design       Two kernels a pass.  The first gives each block a chunk of elements, and 1 vector with 16 rows of the
 //              basis or 8 with 8; the block that comes last for these coefficients adds the chunks in a fixed order.
 //              The second takes the combination out of each chunk.  Lists are tables in the kernels' parameters; four
 //              elements a load (128 bits for float32) where slices are contiguous and aligned.  No atomic addition of
 //              floats: the same bits on every run.
+// Resident     blocks of 256 threads: coefficients_kernel<*, 1, 16> 2, coefficients_kernel<*, 8, 8> 1,
+//              subtract_kernel<*, 1> 2, subtract_kernel<*, 8> 1.  With 32 rows of the basis a thread needs more than
+//              the 128 registers that two blocks leave it.
 #include "project.cuh"
 
 #include <algorithm>
@@ -108,7 +111,7 @@ __device__ __forceinline__ void add_products(const Entry& entry, std::int64_t st
 }
 
 template <class T, int Vectors, int Ranks>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, Vectors == 1 ? 2 : 1)
     coefficients_kernel(const __grid_constant__ Table table, const Shape shape, double* partial, unsigned* counters,
                         T* coefficients, const long long* bad_row) {
   constexpr int kSums = Vectors * Ranks;
@@ -198,7 +201,7 @@ __device__ __forceinline__ void subtract(const Entry& entry, std::int64_t start,
 }
 
 template <class T, int Vectors>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, Vectors == 1 ? 2 : 1)
     subtract_kernel(const __grid_constant__ Table table, const Shape shape, const T* coefficients,
                     const long long* bad_row) {
   if (bad_row != nullptr && *bad_row < kNoRow) return;
@@ -270,7 +273,7 @@ void run(Context& context, const std::vector<Entry>& entries, Shape shape, const
 template <class T>
 void run(Context& context, const std::vector<Entry>& entries, const Shape& shape, const long long* bad_row) {
   if (shape.vectors <= 2) {
-    run<T, 1, 32>(context, entries, shape, bad_row);
+    run<T, 1, 16>(context, entries, shape, bad_row);
   } else {
     run<T, 8, 8>(context, entries, shape, bad_row);
   }

@@ -48,6 +48,7 @@ void barrier();
 // All lanes of the mask give a value and receive the 32 values of their warp.
 const std::uint64_t* exchange(unsigned mask, int operation, std::uint64_t value);
 void check_source(unsigned mask, int lane);
+void check_aligned(const void* address, std::size_t bytes);
 void fence();
 void atomic_access(const void* address);
 void copy_later(void* to, const void* from, int valid);

@@ -324,6 +324,10 @@ void check_source(unsigned mask, int lane) {
   if ((mask >> lane & 1) == 0) fail("a lane reads from a lane that is not in the mask");
 }
 
+void check_aligned(const void* address, std::size_t bytes) {
+  if (reinterpret_cast<std::uintptr_t>(address) % bytes != 0) fail("an access is not aligned to its size");
+}
+
 // Two threads are ordered by fences around atomic operations on one address: what the first did before its fence is
 // visible to the second after its fence.
 void fence() {
@@ -343,9 +347,8 @@ void atomic_access(const void* address) {
 
 void copy_later(void* to, const void* from, int valid) {
   Fiber& fiber = self();
-  if (reinterpret_cast<std::uintptr_t>(to) % 16 != 0 || reinterpret_cast<std::uintptr_t>(from) % 16 != 0) {
-    fail("an asynchronous copy is not aligned to 16 bytes");
-  }
+  check_aligned(to, 16);
+  check_aligned(from, 16);
   if (fiber.copies.empty()) fiber.copies.emplace_back();
   fiber.copies.back().push_back({to, from, valid});
 }

@@ -21,6 +21,13 @@ inline std::uint16_t float_to_bfloat16(float value) {
   return static_cast<std::uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);  // to nearest, ties to even
 }
 
+// The address is that of global memory, aligned to what is stored.
+template <class T>
+void store_whole(void* to, T value) {
+  emulation::check_aligned(to, sizeof(T));
+  *static_cast<T*>(to) = value;
+}
+
 // A copy happens as late as it may: when its thread waits for it.
 inline void copy_async(void* shared, const void* global, int valid) { emulation::copy_later(shared, global, valid); }
 inline void commit_copies() { emulation::commit_copies(); }
