@@ -358,7 +358,7 @@ def change_statistics(
     Raises:
         TypeError, ValueError: see the module.
 
-    Differences and products are taken in float32 (float64 for float64) and summed in it over 8 rows, beyond in float64.
+    Differences and products are taken in float32 (float64 for float64) and summed in it over 4 rows, beyond in float64.
     Blocks have a fixed size: bit-reproducible for any number of threads on one machine. NaN and Inf spread to their
     column and to the scalars.
     """
@@ -778,12 +778,17 @@ def _change_statistics_list(before: Sequence[Any], after: Any, backend: str | No
         return []
     for i, (old, _) in enumerate(layers):
         check_same_device(f"before[{i}]", old, "before[0]", layers[0][0])
-    implementation = backends.select(backend, layers[0][0].device)
+    return _measure([old for old, _ in layers], [new for _, new in layers], backend)
+
+
+def _measure(before: list[Tensor], after: list[Tensor], backend: str | None) -> list[ChangeStatistics]:
+    """change_statistics of a list of checked layers, at least one."""
+    implementation = backends.select(backend, before[0].device)
     together = getattr(implementation, "change_statistics_list", None)
     if together is not None:
-        results = together([old for old, _ in layers], [new for _, new in layers])
+        results = together(before, after)
     else:
-        results = [implementation.change_statistics(old, new) for old, new in layers]
+        results = [implementation.change_statistics(old, new) for old, new in zip(before, after, strict=True)]
     return [ChangeStatistics(column_change, *scalars.unbind()) for column_change, scalars in results]
 
 
@@ -834,6 +839,11 @@ def _merge_list(after: Sequence[Any], before: Any, mask: Any, projection: Any, b
     for name, tensor in written:
         check_same_device(name, tensor, "after[0]", layers[0][0])
     check_no_overlap(written, read)
+    _merge_checked(layers, backend)
+
+
+def _merge_checked(layers: list[tuple[Tensor, Tensor, Tensor, float]], backend: str | None) -> None:
+    """merge_ for a list of checked layers ``(after, before, mask, projection)``, at least one."""
     implementation = backends.select(backend, layers[0][0].device)
     together = getattr(implementation, "merge_list_", None)
     if together is not None:
@@ -909,19 +919,18 @@ def _runs_in_cache(layers: list[_LayerToEdit]) -> Iterator[list[_LayerToEdit]]:
 
 
 def _edit_run(layers: list[_LayerToEdit], projection: str, options: dict[str, Any]) -> list[Edit]:
-    before, after = [layer.before for layer in layers], [layer.after for layer in layers]
-    measured = change_statistics(before, after, backend=options["backend"])
+    backend = options["backend"]
+    measured = _measure([layer.before for layer in layers], [layer.after for layer in layers], backend)
     edits = [
         _decide(layer, statistics, projection, options) for layer, statistics in zip(layers, measured, strict=True)
     ]
-    changed = [i for i, edit in enumerate(edits) if edit.kept or edit.projection]
-    merge_(
-        [after[i] for i in changed],
-        [before[i] for i in changed],
-        [edits[i].mask for i in changed],
-        [edits[i].projection for i in changed],
-        backend=options["backend"],
-    )
+    changed = [
+        (layer.after, layer.before, edit.mask, edit.projection)
+        for layer, edit in zip(layers, edits, strict=True)
+        if edit.kept or edit.projection
+    ]
+    if changed:
+        _merge_checked(changed, backend)
     return edits
 
 

@@ -16,13 +16,13 @@ import hpa_ext
 
 
 def check(before: Tensor, after: Tensor) -> None:
-    """Each difference is rounded once, so squares and products up to thrice, and sums of 8 rows 8 times, by lanes up to
-    10; the rest is float64."""
+    """Each difference is rounded once, so squares and products up to thrice, and sums of 4 rows 4 times, by lanes up to
+    6; the rest is float64."""
     expected = hpa_ext.change_statistics(before, after, backend="reference")
     actual = hpa_ext.change_statistics(before, after, backend="cpu")
     u = ROUNDOFF[before.dtype]
     assert actual.column_change.dtype == expected.column_change.dtype
-    assert_within(actual.column_change, expected.column_change, (8 + 4) * u * f64(expected.column_change))
+    assert_within(actual.column_change, expected.column_change, (4 + 4) * u * f64(expected.column_change))
     old, change = f64(before), f64(after) - f64(before)
     long_sum = before.numel() * 2.0**-53
     for name, size in (

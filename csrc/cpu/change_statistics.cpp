@@ -1,15 +1,16 @@
 // d = after - before;   column_change[j] = mean_i d[i, j]^2,   scalars = { <d, before>, |before|^2, |d|^2 }
 //                                                                           before, after [rows, cols]
 //
-// Arithmetic   d, and the sums over 8 rows by column or by lane, in float32; from there on float64 (float64 throughout for
+// Arithmetic   d, and the sums over 4 rows by column or by lane, in float32; from there on float64 (float64 throughout for
 //              float64 weights).  |d|^2 is the sum of the column sums.
-// Bytes moved  the minimum: both weights once.  Column sums are 8 * cols bytes a task, read and written every 8 rows in
+// Bytes moved  the minimum: both weights once.  Column sums are 8 * cols bytes a task, read and written every 4 rows in
 //              the second-level cache.
 // Bound        memory.  Arithmetic takes 1.25 ns for 8 elements of bfloat16, 0.85 of float32 and float16, in the cache
 //              (Zen 3, 2.5 GHz): 13 and 19 GB/s of bfloat16 and float16, 75 GB/s of float32 a core.
 // Design       Rows are cut into at most 32 groups by shape alone, one a task; sums are added in the order of groups, so
-//              the result does not depend on the number of threads.  A tile of 8 rows and a cache line of columns keeps
-//              its sums in registers; 16 rows in flight are enough streams for the prefetchers of one core.
+//              the result does not depend on the number of threads.  A tile of 4 rows and a cache line of columns keeps
+//              its sums in registers, 8 rows are in flight, and each is asked for 4 lines ahead.
+// Measured     Zen 3, 2 threads, 4096 x 4096: 82 to 93 % (float32) and 80 to 88 % (bfloat16) of a loop that only reads.
 #include <algorithm>
 #include <vector>
 

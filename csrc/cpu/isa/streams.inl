@@ -29,9 +29,16 @@ constexpr std::int64_t kLineVectors = 64 / static_cast<std::int64_t>(sizeof(type
 template <class Format, class T>
 constexpr std::int64_t kTileVectors = kLineVectors<Format, T> < 4 ? kLineVectors<Format, T> : 4;
 
+// Asks for a row of a tile that comes a little later, which the prefetchers of a core with several rows open may miss:
+// 4 lines, which is worth a tenth on Zen 3 and loses as much again at 16.
+HPA_INLINE void fetch_ahead(const void* row) {
+  constexpr std::uintptr_t bytes = 256;  // added to a number: the place may lie beyond the array
+  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(row) + bytes));
+}
+
 // ---- Change statistics ----
 
-constexpr std::int64_t kChangeRows = 8;
+constexpr std::int64_t kChangeRows = 4;
 
 // Adds the lanes of `value` to sums in double precision.
 HPA_INLINE void add_lanes(V<double> value, double* sums) { write(sums, read(sums) + value); }
@@ -51,6 +58,8 @@ HPA_INLINE void change_tile(const typename Format::Bits* before, std::int64_t be
   V<T> change[n] = {}, dot[n] = {}, square[n] = {};
 #pragma GCC unroll 8
   for (std::int64_t row = 0; row < kRows; ++row, before += before_stride, after += after_stride) {
+    fetch_ahead(before);
+    fetch_ahead(after);
 #pragma GCC unroll 4
     for (std::int64_t v = 0; v < n; ++v) {
       const V<T> old = read_wide<Format, T>(before + v * w);
@@ -129,6 +138,8 @@ HPA_INLINE void merge_tile(typename Format::Bits* after, std::int64_t after_stri
   for (std::int64_t v = 0; v < n; ++v) kept[v] = Store::read(mask + v * w);
 #pragma GCC unroll 4
   for (std::int64_t row = 0; row < kRows; ++row, after += after_stride, before += before_stride) {
+    fetch_ahead(after);
+    fetch_ahead(before);
 #pragma GCC unroll 4
     for (std::int64_t v = 0; v < n; ++v) {
       const typename Store::type old = Store::read(before + v * w);
