@@ -20,8 +20,9 @@ from checkpoint_pairs import Pair, all_tensors, hpa, rewrite
 from safetensors.torch import load_file, save_file
 
 from hpa.checkpoint import CalibrationJob, CheckpointError, Job, adapt_checkpoint, calibrate_checkpoint, plan_job
+from hpa.checkpoint.buffers import Buffers
 from hpa.checkpoint.claims import Claims
-from hpa.checkpoint.files import Folder, encode_header, read_tensor_file
+from hpa.checkpoint.files import Folder, encode_header, read_tensor, read_tensor_file
 from hpa.checkpoint.stream import HashedFile, hash_file, read_ahead
 from hpa.methods import create_method
 
@@ -294,11 +295,12 @@ def with_statistics(whole: Pair) -> list[Any]:
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_it_goes_on(whole: Pair, with_statistics: list[Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("seed", range(int(os.environ.get("HPA_TEST_KILL_SEEDS", "1"))))
+def test_killed_at_any_moment_it_goes_on(whole: Pair, with_statistics: list[Any], tmp_path: Path, seed: int) -> None:
     arguments = ["adapt", whole.before, whole.after, *with_statistics, "-q"]
     process = start(*arguments, "--out", tmp_path / "whole")
     assert process.wait(timeout=120) == 0
-    draw = random.Random(3)
+    draw = random.Random(seed)
     began = time.monotonic()
     kills = 0
     for _ in range(40):
@@ -384,6 +386,54 @@ def test_written_file_has_the_hash_that_is_told(tmp_path: Path) -> None:
     again = HashedFile(tmp_path / "file", start=1000)
     again.write(data[1000:])
     assert again.close() == told
+
+
+def test_action_runs_when_its_bytes_are_on_disk(tmp_path: Path) -> None:
+    out = HashedFile(tmp_path / "file")
+    sizes: list[int] = []
+    for _ in range(5):
+        out.write(os.urandom(1000))
+        out.when_on_disk(lambda: sizes.append((tmp_path / "file").stat().st_size))
+    out.close()
+    assert len(sizes) == 5
+    assert all(size >= 1000 * count for count, size in enumerate(sizes, start=1))
+
+    def fail() -> None:
+        raise OSError("disk full")
+
+    out = HashedFile(tmp_path / "other")
+    out.when_on_disk(fail)
+    with pytest.raises(OSError, match="disk full"):
+        out.close()
+
+
+def test_buffers_come_back_when_the_last_view_is_gone() -> None:
+    buffers = Buffers(8 << 20)
+    first = buffers.empty((1024, 1024), torch.bfloat16)
+    place, view = first.data_ptr(), first[3:5]
+    first.fill_(1.5)
+    del first
+    second = buffers.empty((1024, 1024), torch.bfloat16)
+    assert second.data_ptr() != place  # the view still needs it
+    assert float(view.sum()) == 1.5 * 2 * 1024
+    del view
+    third = buffers.empty((512, 1024), torch.float32)
+    assert third.data_ptr() == place
+    assert third.shape == (512, 1024)
+    del second, third
+    large = buffers.empty((3 << 20,), torch.float32)  # beyond the limit: what is kept goes
+    assert buffers._size == large.numel() * 4
+    assert buffers.empty((0, 7), torch.float32).shape == (0, 7)
+
+
+def test_weights_are_read_right_from_used_memory(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(5)
+    tensors = {f"t{i}": torch.randn(700 + 13 * i, 800, generator=generator) for i in range(6)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    buffers = Buffers(16 << 20)
+    for _ in range(2):
+        for name, info in read_tensor_file(tmp_path / "x.safetensors").tensors.items():
+            assert torch.equal(read_tensor(info, buffers), tensors[name])
 
 
 def test_reading_ahead_keeps_order_budget_and_errors() -> None:

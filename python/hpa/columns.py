@@ -79,7 +79,7 @@ def keep_as_learned(
         numbers["skipped"] = reason
     if isinstance(change.update, LowRankUpdate):
         return LayerEdit(numbers, base=change.before, update=change.update, dtype=change.before.dtype)
-    return LayerEdit(numbers, weight=change.update.to(change.before.dtype, copy=True))
+    return LayerEdit(numbers, weight=change.update.to(change.before.dtype, copy=not change.reuse_update))
 
 
 def give_back(
@@ -201,7 +201,9 @@ def _give_back_dense(
     elif removed.coefficients is not None and removed.coefficients.ndim:
         out = (after.to(wide) - removed.coefficients.to(wide) * before.to(wide)).to(before.dtype)
     elif after.dtype == before.dtype:
-        out, scale = after.clone(memory_format=torch.contiguous_format), removed.coefficient
+        out, scale = after, removed.coefficient
+        if not (change.reuse_update and after.is_contiguous()):
+            out = after.clone(memory_format=torch.contiguous_format)
     else:
         out = (after.to(wide) - removed.coefficient * before.to(wide)).to(before.dtype)
     if config.anchor == "aligned":

@@ -82,6 +82,7 @@ class LayerChange:
         before: ``W_{t-1}``, ``[rows, cols]``.
         update: the LoRA factors of the change, or the dense ``W_t [rows, cols]``.
         aligned: ``W_0``, the aligned model's weight, where kept columns return to it (``anchor=aligned``).
+        reuse_update: nobody reads a dense ``update`` afterwards, so the edited weight may be written into its memory.
     """
 
     name: str
@@ -91,6 +92,7 @@ class LayerChange:
     before: Tensor = field(repr=False)
     update: LowRankUpdate | Tensor = field(repr=False)
     aligned: Tensor | None = field(default=None, repr=False)
+    reuse_update: bool = field(default=False, repr=False)
 
     def __post_init__(self) -> None:
         where = f"layer {self.name}: " if self.name else ""

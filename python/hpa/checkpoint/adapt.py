@@ -21,6 +21,7 @@ import torch
 
 import hpa_ext
 from hpa.checkpoint.adapter import Adapter
+from hpa.checkpoint.buffers import Buffers
 from hpa.checkpoint.calibrate import CalibrationJob, calibrate_checkpoint
 from hpa.checkpoint.card import write_card, write_report
 from hpa.checkpoint.claims import ClaimLostError, Claims
@@ -391,7 +392,8 @@ def _write_shards(job: Job, prepared: Prepared, stage: Path, claims: Claims, lis
     statistics_budget = _statistics_budget(job)
     # Besides what waits to be edited and to be written, one layer is in work.
     budget = max(8 << 20, (job.max_memory - statistics_budget - 2 * prepared.plan.largest) // 3)
-    budget = min(budget, 512 << 20)
+    budget = min(budget, 192 << 20)
+    buffers = Buffers(2 * budget + 2 * prepared.plan.largest)
     told: set[str] = set()
     while True:
         open_, busy = [], False
@@ -414,7 +416,14 @@ def _write_shards(job: Job, prepared: Prepared, stage: Path, claims: Claims, lis
                 told.add(shard.name)
                 try:
                     result = write_shard(
-                        shard, stage, notes, editor, budget=budget, done=listener.wrote, confirm=confirm
+                        shard,
+                        stage,
+                        notes,
+                        editor,
+                        budget=budget,
+                        buffers=buffers,
+                        done=listener.wrote,
+                        confirm=confirm,
                     )
                 except ClaimLostError as lost:
                     listener.say(str(lost))

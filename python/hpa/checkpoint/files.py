@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hpa.checkpoint.buffers import Buffers
+
 __all__ = [
     "DTYPES",
     "DTYPE_NAMES",
@@ -155,13 +157,14 @@ def _tensor_info(path: Path, name: str, entry: Any, data: int) -> TensorInfo:
     return TensorInfo(name, dtype, tuple(shape), path, data + offsets[0], size)
 
 
-def read_tensor(info: TensorInfo) -> Tensor:
-    """The tensor's values, in memory that torch allocated.
+def read_tensor(info: TensorInfo, buffers: Buffers | None = None) -> Tensor:
+    """The tensor's values, in memory from ``buffers``, or that torch allocated.
 
     Raises:
         CheckpointError: the file became shorter since its header was read.
     """
-    tensor = torch.empty(info.shape, dtype=DTYPES[info.dtype])
+    dtype = DTYPES[info.dtype]
+    tensor = torch.empty(info.shape, dtype=dtype) if buffers is None else buffers.empty(info.shape, dtype)
     if info.size:
         with open(info.path, "rb", buffering=0) as file:
             read_bytes(file.fileno(), info.offset, tensor_bytes(tensor), info.path)

@@ -11,12 +11,15 @@ import os
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+import hpa_ext
+from hpa.checkpoint.buffers import Buffers
 from hpa.checkpoint.files import DTYPES, CheckpointError, encode_header, read_tensor, tensor_bytes
 from hpa.checkpoint.memory import Memory
 from hpa.checkpoint.plan import Entry, Shard
@@ -28,7 +31,7 @@ from hpa.storage import write_file
 
 __all__ = ["Editor", "Loaded", "ShardResult", "load_entry", "write_shard"]
 
-NOTE_EVERY = 256 << 20  # bytes between two notes; what a kill can cost
+NOTE_EVERY = 64 << 20  # bytes between two notes: what a kill can cost, and what the disk has to do at the end
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,13 @@ class Editor:
         self._budget = budget
         self._memory_key: str | None = None
 
-    def edit(self, entry: Entry, before: Tensor, update: Tensor | LowRankUpdate) -> LayerEdit:
-        """Raises ValueError (layer named) for numbers that are not finite and all that the method refuses."""
+    def edit(
+        self, entry: Entry, before: Tensor, update: Tensor | LowRankUpdate, *, reuse_update: bool = False
+    ) -> LayerEdit:
+        """``reuse_update``: as in :class:`~hpa.layers.LayerChange`.
+
+        Raises ValueError (layer named) for numbers that are not finite and all that the method refuses.
+        """
         assert entry.layer is not None
         layer = entry.layer
         seen: dict[str, InputStatistics] = {}
@@ -79,7 +87,7 @@ class Editor:
             self.method.load_state_dict(self._memory.state(key))
             self._memory_key = key
         aligned = None if self._aligned is None else self._aligned(layer.name)
-        change = LayerChange(layer.name, layer.block, layer.blocks, key, before, update, aligned)
+        change = LayerChange(layer.name, layer.block, layer.blocks, key, before, update, aligned, reuse_update)
         return self.method.edit_layer(
             change, seen.get("safety"), seen.get("task"), task_index=self._task_index, seed=self._seed
         )
@@ -104,6 +112,7 @@ def write_shard(
     editor: Editor,
     *,
     budget: int,
+    buffers: Buffers | None = None,
     done: Callable[[int], None] = lambda _: None,
     confirm: Callable[[], None] = lambda: None,
 ) -> ShardResult:
@@ -115,6 +124,7 @@ def write_shard(
         notes: folder of the notes.
         editor: edits a layer.
         budget: bytes that may wait on either side of the computation.
+        buffers: memory to read into.
         done: told of bytes written.
         confirm: raises where the file has become somebody else's to finish.
 
@@ -134,7 +144,8 @@ def write_shard(
         done(out.position)
         halves: dict[str, Tensor] = {}
         for index, (entry, loaded) in enumerate(
-            read_ahead(shard.entries[first:], load_entry, lambda entry: entry.held, budget), start=first
+            read_ahead(shard.entries[first:], partial(load_entry, buffers=buffers), lambda entry: entry.held, budget),
+            start=first,
         ):
             tensor, numbers = _result(entry, loaded, editor, halves)
             del loaded
@@ -146,8 +157,8 @@ def write_shard(
             out.write(tensor_bytes(tensor))
             done(size)
             if out.position - noted >= NOTE_EVERY and not halves:
-                out.flush()
-                write_file(note, json.dumps({"bytes": out.position, "tensors": index + 1, "edits": edits}))
+                content = json.dumps({"bytes": out.position, "tensors": index + 1, "edits": edits})
+                out.when_on_disk(partial(write_file, note, content))
                 noted = out.position
         size, digest = out.position, out.close()
         confirm()
@@ -175,8 +186,8 @@ class Loaded:
     update: LowRankUpdate | None
 
 
-def load_entry(entry: Entry) -> Loaded:
-    """Read it."""
+def load_entry(entry: Entry, buffers: Buffers | None = None) -> Loaded:
+    """Read it, weights into memory from ``buffers``."""
     if entry.part:
         assert entry.before is not None
         assert entry.factors is not None
@@ -184,11 +195,11 @@ def load_entry(entry: Entry) -> Loaded:
         return (
             Loaded(None, None, None)
             if entry.part == "B"
-            else Loaded(None, read_tensor(entry.before), entry.factors.read())
+            else Loaded(None, read_tensor(entry.before, buffers), entry.factors.read())
         )
     update = None if entry.factors is None else entry.factors.read()
-    before = None if entry.before is None else read_tensor(entry.before)
-    return Loaded(read_tensor(entry.source) if update is None else None, before, update)
+    before = None if entry.before is None else read_tensor(entry.before, buffers)
+    return Loaded(read_tensor(entry.source, buffers) if update is None else None, before, update)
 
 
 def _result(
@@ -211,7 +222,7 @@ def _result(
     assert loaded.before is not None
     given = loaded.update if loaded.update is not None else loaded.source
     assert given is not None
-    edit = editor.edit(entry, loaded.before, given)
+    edit = editor.edit(entry, loaded.before, given, reuse_update=True)
     weight = edit.weight
     if weight.dtype != dtype:
         weight = weight.to(dtype)
@@ -251,7 +262,15 @@ def _adapter_half(
 
 
 def _check_finite(entry: Entry, tensor: Tensor) -> None:
-    if tensor.is_floating_point() and tensor.itemsize > 1 and not bool(torch.isfinite(tensor).all()):
+    if not tensor.is_floating_point() or tensor.itemsize == 1 or not tensor.numel():
+        return
+    if tensor.ndim > 1:
+        rows = tensor.reshape(-1, tensor.shape[-1])
+        # x - x is NaN where x is not finite: one pass, where torch.isfinite makes several tensors of this size.
+        finite = bool(torch.isfinite(hpa_ext.change_statistics(rows, rows).column_change).all())
+    else:
+        finite = bool(torch.isfinite(tensor).all())
+    if not finite:
         raise CheckpointError(f"AFTER: tensor '{entry.name}' holds NaN or Inf")
 
 

@@ -11,6 +11,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Generic, TypeVar
 
@@ -36,9 +37,9 @@ def hash_file(path: Path, *, until: int | None = None) -> hashlib._Hash:
 
 
 class HashedFile:
-    """A file that a thread writes and hashes while the caller goes on.
+    """A file that is written by one thread and hashed by another while the caller goes on.
 
-    Errors of the thread (a full disk) are raised by the next call.
+    Errors of the threads (a full disk) are raised by the next call.
     """
 
     def __init__(self, path: Path, *, start: int = 0, budget: int = 256 << 20) -> None:
@@ -50,30 +51,27 @@ class HashedFile:
         self._file.truncate(start)
         self._file.seek(start)
         self._room = _Room(budget)
-        self._queue: queue.Queue[memoryview | threading.Event | None] = queue.Queue()
         self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._work, name=f"write {path.name}", daemon=True)
-        self._thread.start()
+        # One thread each, so each does its work in order.
+        self._writer, self._hasher, self._syncer = (
+            ThreadPoolExecutor(1, f"{what} {path.name}") for what in ("write", "hash", "sync")
+        )
 
     def write(self, data: memoryview | bytes) -> None:
         view = memoryview(data)
         self._check()
         self._room.take(len(view))
-        self._queue.put(view)
+        self._writer.submit(self._write, view)
         self.position += len(view)
 
-    def flush(self) -> None:
-        """Wait until all that was written is on disk."""
-        done = threading.Event()
-        self._queue.put(done)
-        done.wait()
+    def when_on_disk(self, action: Callable[[], None]) -> None:
+        """Call ``action``, from a thread, once all that was written so far is on disk; nobody waits for it."""
         self._check()
-        os.fdatasync(self._file.fileno())
+        self._writer.submit(lambda: self._syncer.submit(self._sync, action))
 
     def close(self) -> str:
         """Force the file to disk and close it; its SHA-256 as hexadecimal digits."""
-        self._queue.put(None)
-        self._thread.join()
+        self._join()
         try:
             self._check()
             os.fsync(self._file.fileno())
@@ -83,33 +81,38 @@ class HashedFile:
 
     def abandon(self) -> None:
         """Close without a word, after an error."""
-        self._queue.put(None)
-        self._thread.join()
+        self._join()
         with contextlib.suppress(OSError):
             self._file.close()
+
+    def _join(self) -> None:
+        for thread in (self._writer, self._hasher, self._syncer):
+            thread.shutdown()
 
     def _check(self) -> None:
         if self._error is not None:
             raise self._error
 
-    def _work(self) -> None:
-        while (item := self._queue.get()) is not None:
-            if isinstance(item, threading.Event):
-                item.set()
-                continue
-            try:
-                if self._error is None:
-                    for begin in range(0, len(item), PIECE):
-                        piece = item[begin : begin + PIECE]
-                        written = 0
-                        while written < len(piece):
-                            written += self._file.write(piece[written:]) or 0
-                        self._digest.update(piece)
-            except BaseException as error:
-                self._error = error
-            finally:
-                self._room.give(len(item))
-                del item
+    def _write(self, view: memoryview) -> None:
+        try:
+            written = 0 if self._error is None else len(view)
+            while written < len(view):
+                written += self._file.write(view[written : written + PIECE]) or 0
+        except BaseException as error:
+            self._error = error
+        self._hasher.submit(self._hash, view)
+
+    def _hash(self, view: memoryview) -> None:
+        self._digest.update(view)
+        self._room.give(len(view))
+
+    def _sync(self, action: Callable[[], None]) -> None:
+        try:
+            if self._error is None:
+                os.fdatasync(self._file.fileno())
+                action()
+        except BaseException as error:
+            self._error = error
 
 
 def read_ahead(
@@ -138,10 +141,10 @@ class _Reader(Generic[Item, Loaded]):
         while (got := self._queue.get()) is not None:
             if isinstance(got, BaseException):
                 raise got
-            item, loaded, size = got
+            item, loaded, size = got[0], [got[1]], got[2]
             self._room.give(size)
             del got
-            yield item, loaded
+            yield item, loaded.pop()  # no reference to it stays here
 
     def stop(self) -> None:
         self._stopped = True

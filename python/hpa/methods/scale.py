@@ -77,7 +77,8 @@ class Scale(Method):
         if not bool(statistics.column_change.any()):
             return keep_as_learned(change, "no change", numbers)
         if self._matched is not None:
-            edit = self._matched.edit_layer(change, safety, task, task_index=task_index, seed=seed)
+            kept = replace(change, reuse_update=False)  # the update is read again below
+            edit = self._matched.edit_layer(kept, safety, task, task_index=task_index, seed=seed)
             if edit.skipped is not None:
                 return edit
             left = (edit.weight.double() - change.before.double()).norm()
