@@ -93,7 +93,11 @@ class Backend(Protocol):
 
 
 def automatic(device: torch.device) -> str:
-    """The backend that serves ``device`` when nothing names one."""
+    """The backend that serves ``device`` when nothing names one.
+
+    ``cpu`` for the CPU; on a GPU the first that can run there of ``cuda``, ``triton`` and ``reference``; ``reference``
+    for everything else.
+    """
     if device.type == "cpu":
         return "cpu"
     if device.type == "cuda" and cuda_trouble() is None:
@@ -110,7 +114,7 @@ def select(name: str | None, device: torch.device) -> Backend:
 
     Raises:
         ValueError: no backend has that name, or it does not serve that device.
-        BackendError: the compiled module is missing or belongs to another version.
+        BackendError: it cannot run here: a compiled module is missing or of another version, no driver, no compiler.
     """
     if name is None:
         name = os.environ.get("HPA_BACKEND") or automatic(device)

@@ -12,7 +12,8 @@ them and runs as it is.
 
 A call goes one of three ways.  Plain CPU tensors are served at once by the compiled module (:mod:`hpa_ext.direct`); a
 program that is being traced gets the operator; everything else is checked here and handed to a backend.
-``backend`` is ``None`` (the device decides), ``"cpu"`` or ``"reference"``; see :mod:`hpa_ext.backend`.
+``backend`` is ``None`` (the device decides), ``"cpu"``, ``"cuda"``, ``"triton"`` or ``"reference"``; see
+:mod:`hpa_ext.backend`.
 
 Sources: HPA (arXiv 2511.20158) for the scores, the selection and the adjustment; SparseGPT (arXiv 2301.00774) for the
 layer-wise Hessian; Optimal Brain Surgeon for the inverse diagonal; EWC (arXiv 1612.00796) and Molchanov et al. (arXiv
@@ -142,7 +143,7 @@ def accumulate_gram_(gram: T, x: TensorLike, scale: float = 2.0, *, backend: str
         x: ``[..., cols]`` activations, one token a row; float32, bfloat16 or float16 (any of them with a float64
             ``gram``, which also takes float64). Products are taken and summed in the dtype of ``gram``.
         scale: factor, applied to finished sums; 2 makes it the Hessian of ``||W x - y||^2``.
-        backend: ``"cpu"``, ``"reference"`` or ``None``.
+        backend: ``"cpu"``, ``"cuda"``, ``"triton"``, ``"reference"`` or ``None`` (the device decides).
 
     Returns:
         ``gram``.
@@ -199,7 +200,7 @@ def inverse_diagonal(
         scale: see ``activations``; > 0. Not used with ``gram``.
         info: if given, filled with ``damping`` (used), ``lambda``, ``attempts`` and ``route`` (``"dense"`` or
             ``"low_rank"``).
-        backend: ``"cpu"``, ``"reference"`` or ``None``.
+        backend: ``"cpu"``, ``"cuda"``, ``"triton"``, ``"reference"`` or ``None`` (the device decides).
 
     Returns:
         ``[cols]`` float32, or float64 if the input is float64.
@@ -280,7 +281,7 @@ def accumulate_importance_(
             gradient) leaves its importance as it is.
         weights: like ``grads``; needed by, and only by, ``kind="taylor"``.
         kind: ``"fisher"`` or ``"taylor"``.
-        backend: ``"cpu"``, ``"reference"`` or ``None``.
+        backend: ``"cpu"``, ``"cuda"``, ``"triton"``, ``"reference"`` or ``None`` (the device decides).
 
     Returns:
         ``importance``.
@@ -349,7 +350,7 @@ def change_statistics(
     Args:
         before: ``[rows, cols]`` old weights; float32, bfloat16, float16 or float64. Or a list of layers.
         after: ``[rows, cols]`` new weights, of the same dtype. Or a list like ``before``.
-        backend: ``"cpu"``, ``"reference"`` or ``None``.
+        backend: ``"cpu"``, ``"cuda"``, ``"triton"``, ``"reference"`` or ``None`` (the device decides).
 
     Returns:
         :class:`ChangeStatistics`, or a list with one for each layer: the same numbers as from a call for each, but the
@@ -409,7 +410,7 @@ def balanced_mask(
         alpha_sign: ``-1`` lets alpha fall with m.
         overflow: what happens when N has more than ``keep`` columns: ``"cap"`` keeps the best of them, ``"keep"`` all.
         phi_norm: ``"mean"`` divides both scores by their means inside phi.
-        backend: ``"cpu"``, ``"reference"`` or ``None``.
+        backend: ``"cpu"``, ``"cuda"``, ``"triton"``, ``"reference"`` or ``None`` (the device decides).
 
     Returns:
         :class:`BalancedMask`.
@@ -471,7 +472,7 @@ def merge_(
         mask: bool ``[cols]``: columns to take from ``before``.
         projection: coefficient of the orthogonal adjustment, finite.
             All four may be lists with an entry for each layer; one ``projection`` then serves all.
-        backend: ``"cpu"``, ``"reference"`` or ``None``.
+        backend: ``"cpu"``, ``"cuda"``, ``"triton"``, ``"reference"`` or ``None`` (the device decides).
 
     Returns:
         ``after``.
@@ -571,7 +572,7 @@ def edit_(
         alpha: ``(a0, a1)``.
         projection: ``"fro"`` as above; ``"off"``: c = 0.
         mode, alpha_mode, alpha_sign, overflow, phi_norm: of :func:`balanced_mask`.
-        backend: ``"cpu"``, ``"reference"`` or ``None``.
+        backend: ``"cpu"``, ``"cuda"``, ``"triton"``, ``"reference"`` or ``None`` (the device decides).
 
     Returns:
         :class:`Edit`, or a list with one for each layer. Weights and numbers are bit by bit those of
@@ -626,7 +627,7 @@ def project_(
             ``[rank, numel of its grad]``: coefficients are summed over the list. Any float dtype.
         passes: repetitions; 1 is enough for an orthonormal basis, 2 cleans up after one that is orthonormal only to
             storage precision.
-        backend: ``"cpu"``, ``"reference"`` or ``None``.
+        backend: ``"cpu"``, ``"cuda"``, ``"triton"``, ``"reference"`` or ``None`` (the device decides).
 
     Returns:
         ``grads``.
@@ -693,7 +694,7 @@ def orthonormalize_(
         basis: ``[known, n]`` with orthonormal rows and ``known < n``, of the same dtype; read only.
         rtol: drop tolerance, ``0 <= rtol < 1``. ``None``: 1e-4; 1e-2 for bfloat16 and float16, below which the rest is
             rounding noise of the storage.
-        backend: ``"cpu"``, ``"reference"`` or ``None``.
+        backend: ``"cpu"``, ``"cuda"``, ``"triton"``, ``"reference"`` or ``None`` (the device decides).
 
     Returns:
         The number of rows kept.

@@ -17,7 +17,7 @@
 #define __global__
 #define __device__
 #define __host__
-#define __forceinline__ inline
+#define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 #define __grid_constant__
 
@@ -104,10 +104,13 @@ inline unsigned __ballot_sync(unsigned mask, int predicate) {
   }
   return votes;
 }
+// What a thread sanitizer must not see: an atomic operation does not race with another.
+#define HPA_ATOMIC __attribute__((no_sanitize("thread"), noinline))
+
 inline int __popc(unsigned bits) { return std::popcount(bits); }
 
 template <class T>
-T atomicAdd(T* address, T value) {
+HPA_ATOMIC T atomicAdd(T* address, T value) {
   emulation::atomic_access(address);
   std::uint64_t before = 0;
   T old;
@@ -118,14 +121,14 @@ T atomicAdd(T* address, T value) {
   return old;
 }
 template <class T>
-T atomicMax(T* address, T value) {
+HPA_ATOMIC T atomicMax(T* address, T value) {
   emulation::atomic_access(address);
   const T old = *address;
   if (value > old) *address = value;
   return old;
 }
 template <class T>
-T atomicMin(T* address, T value) {
+HPA_ATOMIC T atomicMin(T* address, T value) {
   emulation::atomic_access(address);
   const T old = *address;
   if (value < old) *address = value;

@@ -98,9 +98,11 @@ std::unique_ptr<char[]> arena;
 std::size_t arena_used = 0, shared_used = 0;
 char barrier_clock = 0, grid_clock = 0;
 std::map<const void*, std::set<char*>> atomics;  // clocks of the threads that touched an address
-std::vector<std::unique_ptr<Fiber>> retired;     // their clocks stay alive until the grid is done
 #if defined(HPA_EMULATION_TSAN)
 void* scheduler_fiber = nullptr;
+// Kept until the grid is done, for their clocks; and because giving memory back would be an access to it.
+std::vector<std::unique_ptr<Fiber>> retired;
+std::vector<std::unique_ptr<char[]>> retired_arenas;
 #endif
 #if defined(HPA_EMULATION_ASAN)
 const void* scheduler_stack = nullptr;
@@ -214,6 +216,10 @@ void run_block() {
     fiber.parity = 0;
     fiber.copies.clear();
     fiber.seen.clear();
+#if defined(HPA_EMULATION_ASAN)
+    // The last frames of the thread before never returned.
+    ASAN_UNPOISON_MEMORY_REGION(fiber.stack.get(), kStack);
+#endif
     // Six registers, the address to return to, and a word that keeps the stack aligned as after a call.
     auto* top = reinterpret_cast<void**>(
         reinterpret_cast<std::uintptr_t>(fiber.stack.get() + kStack) / 16 * 16);
@@ -254,6 +260,7 @@ void run_block() {
   }
 #if defined(HPA_EMULATION_TSAN)
   for (int i = 0; i < threads; ++i) __tsan_destroy_fiber(fibers[static_cast<std::size_t>(i)]->sanitizer);
+  retired_arenas.push_back(std::move(arena));
   // Another block's threads are other threads, with clocks of their own.
   for (auto& fiber : fibers) retired.push_back(std::move(fiber));
   fibers.clear();
@@ -285,7 +292,10 @@ void run(dim3 grid, dim3 block, const std::function<void()>& kernel) {
   }
   acquire(&grid_clock);  // the next kernel of the stream sees all of this one
   atomics.clear();
+#if defined(HPA_EMULATION_TSAN)
   retired.clear();
+  retired_arenas.clear();
+#endif
 }
 
 void* shared_memory(int key, std::size_t bytes) {
