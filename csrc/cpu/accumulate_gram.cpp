@@ -38,16 +38,10 @@ constexpr std::int64_t kLongestRun = 1024;   // columns: those of the next strip
 template <class T>
 void add_few(const isa::Kernels<T>& kernels, const MatrixView& lanes, T alpha, const MatrixView& c, int threads) {
   const std::int64_t p = kernels.panel, q = kernels.strip, n = lanes.rows, depth = lanes.cols, count = ceil_div(n, p);
-  const auto pack = kernels.product.pack[static_cast<int>(lanes.dtype)];
   Buffer<T> right(count * p * depth), left(count * p * depth);
   parallel_for(ceil_div(count, kPackPanels), useful_threads(n * depth, 1 << 16, threads), [&](std::int64_t task, int) {
-    const std::int64_t first = task * kPackPanels, stop = std::min(first + kPackPanels, count);
-    T* panels = right.data() + first * p * depth;
-    pack(lanes.at(first * p, 0), lanes.row_stride, lanes.col_stride, std::min(stop * p, n) - first * p, depth, panels,
-         depth * p);
-    for (std::int64_t i = first; i < stop; ++i) {
-      kernels.product.turn(depth, right.data() + i * p * depth, left.data() + i * p * depth);
-    }
+    const std::int64_t panel = task * kPackPanels, at = panel * p * depth;
+    pack_panels(kernels.product, lanes, panel, 0, depth, depth, right.data() + at, left.data() + at);
   });
 
   const std::int64_t run =

@@ -7,9 +7,9 @@
 // Bound        memory.
 // Design       One parallel loop over the strips of rows of a whole list, so that many small layers cost one call;
 //              elements are independent, so nothing depends on the number of threads.  A tile of 4 rows and a cache line
-//              of columns reads the mask once and keeps 8 streams in flight, each asked for 4 lines ahead.  The loop runs from the last rows to the
-//              first: after change_statistics, which ends there, they are still in the cache.  Columns that do not lie
-//              side by side are gathered into a scratch row and scattered back.
+//              of columns reads the mask once and keeps 8 streams in flight, each asked for 4 lines ahead.  The loop runs
+//              from the last rows to the first: after change_statistics, which ends there, they are still in the cache.
+//              Columns that do not lie side by side are gathered into a scratch row and scattered back.
 #include <algorithm>
 #include <cstring>
 #include <vector>

@@ -126,6 +126,17 @@ void add_blocks(const isa::Product<E, T>& product, const E* right, const E* left
   });
 }
 
+// Packs `depth` entries of kPackPanels panels of A = source, or as many as there are, both ways: those that begin at
+// `panel`, from `columns` columns that begin at `start`.  `right` and `left` are the panels' places.
+template <class E, class T>
+void pack_panels(const isa::Product<E, T>& product, const MatrixView& source, std::int64_t panel, std::int64_t start,
+                 std::int64_t columns, std::int64_t depth, E* right, E* left) {
+  const std::int64_t p = product.panel, lanes = std::min(kPackPanels * p, source.rows - panel * p);
+  product.pack[static_cast<int>(source.dtype)](source.at(panel * p, start), source.row_stride, source.col_stride, lanes,
+                                               columns, right, depth * p);
+  for (std::int64_t at = 0; at < lanes * depth; at += depth * p) product.turn(depth, right + at, left + at);
+}
+
 // Lower triangle of C += alpha * A A^T for A = source [n, depth] of any dtype that the product packs, any stride.
 template <class E, class T>
 void add_gram(const isa::Product<E, T>& product, const MatrixView& source, T alpha, const MatrixView& c, int threads) {
@@ -134,7 +145,6 @@ void add_gram(const isa::Product<E, T>& product, const MatrixView& source, T alp
                      entries = ceil_div(source.cols, values);
   if (n == 0 || entries == 0) return;
   threads = useful_threads(n * n / 2 * source.cols, 1 << 20, threads);
-  const auto pack = product.pack[static_cast<int>(source.dtype)];
   const Steps sweeps(entries, kSweep, product.round);
   const std::int64_t size = count * p * sweeps.step;
   Buffer<E> right(size), left(size);
@@ -144,14 +154,10 @@ void add_gram(const isa::Product<E, T>& product, const MatrixView& source, T alp
     const std::int64_t groups = ceil_div(count, kPackPanels);
     parallel_for(groups * steps.count(), threads, [&](std::int64_t task, int) {
       const std::int64_t k = task / groups, panel = task % groups * kPackPanels;
-      const std::int64_t panels = std::min(kPackPanels, count - panel), lanes = std::min(panels * p, n - panel * p);
       const std::int64_t depth = steps.size(k), start = (first + steps.start(k)) * values;
       const std::int64_t at = (steps.start(k) * count + panel * depth) * p;
-      pack(source.at(panel * p, start), source.row_stride, source.col_stride, lanes,
-           std::min(depth * values, source.cols - start), right.data() + at, depth * p);
-      for (std::int64_t i = 0; i < panels; ++i) {
-        product.turn(depth, right.data() + at + i * depth * p, left.data() + at + i * depth * p);
-      }
+      pack_panels(product, source, panel, start, std::min(depth * values, source.cols - start), depth,
+                  right.data() + at, left.data() + at);
     });
     add_blocks(product, right.data(), left.data(), steps, n, alpha, c, threads);
   }
