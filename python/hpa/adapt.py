@@ -16,7 +16,7 @@ from __future__ import annotations
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
@@ -69,6 +69,8 @@ def adapt(
     task_index: int = 0,
     seed: int = 0,
     aligned: Aligned | None = None,
+    unaligned: Aligned | None = None,
+    earlier: Sequence[Aligned] = (),
 ) -> AdaptResult:
     """Edit ``after_model`` in place, so that it keeps what ``before_model`` was good at.
 
@@ -86,16 +88,20 @@ def adapt(
         config: options; those of the method too, where it is given by name.
         task_index: 0-based number of the task, for methods that draw.
         seed: for methods that draw.
-        aligned: the aligned model, or its weights by layer name, for ``anchor="aligned"``.
+        aligned: the aligned model, or its weights by layer name, for ``anchor="aligned"`` and methods that read it.
+        unaligned: the model before its alignment, for methods that read it.
+        earlier: models that other tasks made of ``before_model``, for methods that merge them.
 
     Raises:
-        ValueError: models that do not match, missing batches, numbers that are not finite.  Blocks before the one that
-            failed are edited by then: load the model anew.
+        ValueError: a method that only trains, models that do not match, missing batches, numbers that are not finite.
+            Blocks before the one that failed are edited by then: load the model anew.
     """
     start = time.perf_counter()
     config = AdaptConfig() if config is None else config
     if isinstance(method, str):
         method = _method_with(method, config)
+    if method.only_trains:
+        raise ValueError(f"method: '{method.name}' is a way of training; it does nothing to a model that is trained")
     calibration = _calibration_options(method, config)
     layers = find_layers(after_model, calibration.include_projector, blocks=calibration.blocks)
     models: _Models
@@ -105,7 +111,8 @@ def adapt(
         raise ValueError("before_model: needed where after_model has no LoRA adapters, got None")
     else:
         models = _TwoModels(before_model, after_model, layers)
-    edits = _edit_blocks(models, method, safety, task, calibration, task_index, seed, aligned)
+    others = _References(method, layers, aligned, unaligned, earlier)
+    edits = _edit_blocks(models, method, safety, task, calibration, task_index, seed, others)
     return AdaptResult(edits, method.name, time.perf_counter() - start)
 
 
@@ -120,6 +127,7 @@ def edit_model(
     task_index: int = 0,
     seed: int = 0,
     aligned: Aligned | None = None,
+    unaligned: Aligned | None = None,
 ) -> list[dict[str, Number]]:
     """Apply a task's updates to ``model`` as ``method`` lets them through.
 
@@ -131,7 +139,7 @@ def edit_model(
         safety_batches: see :func:`adapt`; may be ``None`` where the method needs none.
         task_batches: likewise.
         config: calibration options, where the method's own options do not say otherwise.
-        task_index, seed, aligned: see :func:`adapt`.
+        task_index, seed, aligned, unaligned: see :func:`adapt`.
 
     Returns:
         One dictionary a layer, JSON-ready: ``name``, ``block``, ``rows``, ``cols`` and the numbers of the edit.
@@ -142,7 +150,8 @@ def edit_model(
     calibration = _calibration_options(method, config)
     layers = find_layers(model, calibration.include_projector, blocks=calibration.blocks)
     models = _UpdatedModel(model, layers, updates)
-    return _edit_blocks(models, method, safety_batches, task_batches, calibration, task_index, seed, aligned)
+    others = _References(method, layers, aligned, unaligned)
+    return _edit_blocks(models, method, safety_batches, task_batches, calibration, task_index, seed, others)
 
 
 class _Models(ABC):
@@ -329,11 +338,13 @@ class _AdapterModel(_Models):
         module = self._adapters[spec.name]
         adapter = module.active_adapters[0]
         with torch.no_grad():
-            if edit.update is None or edit.base is None:  # merged by lora_native=False: the adapter has nothing to add
+            factors = module.lora_A[adapter].weight
+            if edit.update is None or edit.base is None or edit.update.A.shape != factors.shape:
+                # No update of this rank: it goes into the base, and the adapter has nothing to add.
                 module.lora_B[adapter].weight.zero_()
                 self._linear(spec).weight.copy_(edit.weight)
                 return
-            module.lora_A[adapter].weight.copy_(edit.update.A)
+            factors.copy_(edit.update.A)
             module.lora_B[adapter].weight.copy_(edit.update.B * (edit.update.scale / module.scaling[adapter]))
             self._linear(spec).weight.copy_(edit.base)
 
@@ -357,12 +368,9 @@ def _edit_blocks(
     config: CalibrationConfig,
     task_index: int,
     seed: int,
-    aligned: Aligned | None,
+    references: _References,
 ) -> list[dict[str, Number]]:
     """The engine: calibration and edit, block by block."""
-    anchors: dict[str, Tensor] = {}
-    if getattr(method.config, "anchor", "prev") == "aligned":
-        anchors = _anchor_weights(aligned, models.layers)
     sides = _sides(models, method, safety, task, config)
     edited = sides.pop("edited", None)
     _capture(models, list(sides.values()))
@@ -385,7 +393,9 @@ def _edit_blocks(
                 next((seen[name].input_key for name in ("task", "safety") if name in seen), spec.name),
                 original,
                 update,
-                anchors.get(spec.name),
+                references.aligned.get(spec.name),
+                unaligned=references.unaligned.get(spec.name),
+                earlier=tuple(weights[spec.name] for weights in references.earlier),
             )
             edit = method.edit_layer(change, seen.get("safety"), seen.get("task"), task_index=task_index, seed=seed)
             reports.append(
@@ -481,16 +491,40 @@ def _method_with(name: str, config: AdaptConfig) -> Method:
     return METHODS[name](validated(METHODS[name].Config, options, f"method '{name}'"))
 
 
-def _anchor_weights(aligned: Aligned | None, layers: list[LayerSpec]) -> dict[str, Tensor]:
-    if aligned is None:
-        raise ValueError("aligned: needed with anchor='aligned', got None")
-    if isinstance(aligned, nn.Module):
-        model = unwrap(aligned)
-        return {spec.name: _linear(model, spec.name, "aligned").weight.detach() for spec in layers}
-    weights = {clean_name(name): weight for name, weight in aligned.items()}
+class _References:
+    """Weights of other models that the method reads, by layer."""
+
+    def __init__(
+        self,
+        method: Method,
+        layers: list[LayerSpec],
+        aligned: Aligned | None,
+        unaligned: Aligned | None,
+        earlier: Sequence[Aligned] = (),
+    ) -> None:
+        given = {"aligned": aligned, "unaligned": unaligned}
+        found: dict[str, dict[str, Tensor]] = {"aligned": {}, "unaligned": {}}
+        for name in sorted(method.references):
+            model = given[name]
+            if model is None:
+                anchored = getattr(method.config, "anchor", "prev") == "aligned"
+                reader = "with anchor='aligned'" if anchored else f"by method '{method.name}'"
+                raise ValueError(f"{name}: needed {reader}, got None")
+            found[name] = _weights_of(model, layers, name)
+        self.aligned, self.unaligned = found["aligned"], found["unaligned"]
+        if earlier and not method.merges_earlier:
+            raise ValueError(f"earlier: method '{method.name}' as set merges no models of other tasks, got some")
+        self.earlier = [_weights_of(model, layers, "earlier") for model in earlier]
+
+
+def _weights_of(given: Aligned, layers: list[LayerSpec], argument: str) -> dict[str, Tensor]:
+    if isinstance(given, nn.Module):
+        model = unwrap(given)
+        return {spec.name: _linear(model, spec.name, argument).weight.detach() for spec in layers}
+    weights = {clean_name(name): weight for name, weight in given.items()}
     missing = [spec.name for spec in layers if spec.name not in weights]
     if missing:
-        raise ValueError(f"aligned: no weight for {len(missing)} layers, the first is {missing[0]}")
+        raise ValueError(f"{argument}: no weight for {len(missing)} layers, the first is {missing[0]}")
     return {spec.name: weights[spec.name] for spec in layers}
 
 

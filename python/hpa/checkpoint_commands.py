@@ -57,6 +57,22 @@ Skip = Annotated[
 MemoryFile = Annotated[
     Path | None, typer.Option("--memory", help="hpa-memory.safetensors of the task before.", show_default=False)
 ]
+Aligned = Annotated[
+    Path | None,
+    typer.Option("--aligned", help="The aligned model, for --set anchor=aligned and safe_lora.", show_default=False),
+]
+Unaligned = Annotated[
+    Path | None,
+    typer.Option("--unaligned", help="The model before its alignment, for safe_lora.", show_default=False),
+]
+Earlier = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--earlier",
+        help="What another task made of BEFORE, for methods that merge; may be repeated, oldest first.",
+        show_default=False,
+    ),
+]
 Budget = Annotated[str, typer.Option("--max-memory", help="What the job may hold besides the program: 2G, 512M ...")]
 Images = Annotated[
     Path | None,
@@ -82,9 +98,9 @@ def adapt_command(
     skip: Skip = None,
     save_as: Annotated[Literal["full", "lora"], typer.Option(help="A whole model, or the adapter again.")] = "full",
     memory: MemoryFile = None,
-    aligned: Annotated[
-        Path | None, typer.Option(help="The aligned model, for --set anchor=aligned.", show_default=False)
-    ] = None,
+    aligned: Aligned = None,
+    unaligned: Unaligned = None,
+    earlier: Earlier = None,
     max_memory: Budget = "2G",
     images: Images = None,
     safety_samples: Annotated[int | None, typer.Option(min=1, help="Safety samples to use.", show_default="8")] = None,
@@ -120,6 +136,8 @@ def adapt_command(
         skip=skip or [],
         memory=memory,
         aligned=aligned,
+        unaligned=unaligned,
+        earlier=tuple(earlier or ()),
         save_as=save_as,
         max_memory=_bytes(max_memory),
         images=images,
@@ -309,6 +327,9 @@ def sweep_command(
     set_: Settings = None,
     skip: Skip = None,
     memory: MemoryFile = None,
+    aligned: Aligned = None,
+    unaligned: Unaligned = None,
+    earlier: Earlier = None,
     max_memory: Budget = "2G",
     seed: Annotated[int, typer.Option(min=0, help="For methods that draw.")] = 0,
     any_statistics: Annotated[
@@ -336,6 +357,9 @@ def sweep_command(
         method=_method(method, set_ or [], 1.0),
         skip=skip or [],
         memory=memory,
+        aligned=aligned,
+        unaligned=unaligned,
+        earlier=tuple(earlier or ()),
         max_memory=_bytes(max_memory),
         seed=seed,
         any_statistics=any_statistics,

@@ -143,11 +143,14 @@ def methods_command(
     from hpa.recipe import expected
 
     if name is None:
-        table = Table("method", "what it does", "reads", "options")
+        table = Table("method", "kind", "what it does", "reads", "options")
         for key, method in METHODS.items():
             summary = (method.__doc__ or "").strip().partition("\n")[0]
-            needs = ", ".join(sorted(create_method(key).needs)) or "nothing"
-            table.add_row(key, summary, needs, str(len(method.Config.model_fields)))
+            made = create_method(key)
+            reads = [*sorted(made.needs), *(f"{name} weights" for name in sorted(made.references))]
+            table.add_row(
+                key, method.kind, summary, ", ".join(reads) or "nothing", str(len(method.Config.model_fields))
+            )
         _out.print(table)
         _out.print("hpa methods <name> lists the options of one.", highlight=False)
         return

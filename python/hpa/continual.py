@@ -140,10 +140,11 @@ class Unit:
     Attributes:
         id: the branch's id; for the others ``base model``, ``aligned:seed0`` or ``first task of seed0 (...)``.
         kind: ``base`` judges the base model; ``align`` makes and judges the aligned model of a seed; ``first`` is a
-            first training that several branches begin with; ``branch`` is a whole branch.
+            training from the aligned model that several branches need; ``branch`` is a whole branch.
         seed: which seed it belongs to (any, for ``base``).
         branch: id of the branch, of one of the branches for ``first``; empty for the others.
         after: ids of units that must be over before.
+        task_index: 0-based task of a ``first``.
     """
 
     id: str
@@ -151,6 +152,7 @@ class Unit:
     seed: int
     branch: str = ""
     after: tuple[str, ...] = ()
+    task_index: int = 0
 
 
 @dataclass(frozen=True)
@@ -316,11 +318,10 @@ class Session:
     def units_left(self) -> list[Unit]:
         """What is still to do: each unit after those that it waits for, branches by seed."""
         left = [branch for branch in self.branches if not self.is_finished(branch)]
-        sharing: dict[Path, list[Branch]] = {}
+        sharing: dict[Path, list[str]] = {}
         for branch in left:
-            path = self._first_path(branch)
-            if not path.exists() and not self._has_trained_first(branch):
-                sharing.setdefault(path, []).append(branch)
+            for path, _ in self._shared_left(branch):
+                sharing.setdefault(path, []).append(branch.id)
         units: list[Unit] = []
         for seed in self.seeds:
             if not self._is_aligned(seed):
@@ -330,13 +331,16 @@ class Session:
         waited_for = {unit.id for unit in units}
         for branch in left:
             aligned = f"aligned:seed{branch.seed}"
-            after = (aligned,) if aligned in waited_for else ()
-            path = self._first_path(branch)
-            if branch in sharing.get(path, []) and len(sharing[path]) > 1:
-                first = f"first task of seed{branch.seed} ({path.stem.removeprefix('first-')})"
+            aligned_first = (aligned,) if aligned in waited_for else ()
+            after = aligned_first
+            for path, index in self._shared_left(branch):
+                if len(sharing[path]) < 2:
+                    continue
+                which = "first task" if index == 0 else f"task {self.tasks[index]}"
+                first = f"{which} of seed{branch.seed} ({path.stem.removeprefix('first-')})"
                 if first not in waited_for:
                     waited_for.add(first)
-                    units.append(Unit(first, "first", branch.seed, branch.id, after))
+                    units.append(Unit(first, "first", branch.seed, branch.id, aligned_first, index))
                 after = (*after, first)
             units.append(Unit(branch.id, "branch", branch.seed, branch.id, after))
         return units
@@ -348,7 +352,7 @@ class Session:
         elif unit.kind == "align":
             self.align(unit.seed, listener)
         elif unit.kind == "first":
-            self.train_first(self.branch(unit.branch), listener, unit.id)
+            self.train_shared(self.branch(unit.branch), listener, unit.task_index, unit.id)
         else:
             self.run_branch(self.branch(unit.branch), listener)
 
@@ -443,13 +447,13 @@ class Session:
             step = {"event": "aligned", "seed": seed, "stage": "after"}
             _record(journal, listener, {**step, "seconds": time.perf_counter() - started, **evaluation.figures()})
 
-    def train_first(self, branch: Branch, listener: Listener, where: str | None = None) -> None:
-        """The first task's training, which every branch with the same data and settings begins with."""
-        path = self._first_path(branch)
-        if path.exists():
+    def train_shared(self, branch: Branch, listener: Listener, index: int = 0, where: str | None = None) -> None:
+        """The training of a task from the aligned model, which every branch with the same data and settings has."""
+        path = self._shared_path(branch, index)
+        if path is None or path.exists():
             return
         self._load(self.aligned(branch.seed))
-        updates, numbers = self._train(branch, 0, listener, where or branch.id)
+        updates, numbers = self._train(branch, index, listener, where or branch.id)
         _save_updates(path, updates, numbers)
 
     # ---------------------------------------------------------------------------------------------- a branch
@@ -460,12 +464,14 @@ class Session:
         journal = Journal(folder / "events.jsonl")
         if journal.find("branch") != json.loads(dump_line(branch.event())):
             _record(journal, listener, branch.event())
-        method = create_method(branch.row.method, **branch.row.options)
+        method = _method_of(branch)
         for index, task in enumerate(self.tasks):
             if journal.find("evaluate", index):
                 continue
             if not journal.find("edit", index):
                 method.load_state_dict(self._enter(branch, index))
+                if method.starts_from == "aligned":
+                    self._load(self.aligned(branch.seed))
                 updates = self._updates(branch, index, journal, listener)
                 self._edit(branch, index, method, updates, journal, listener)
             else:
@@ -494,7 +500,7 @@ class Session:
 
     def _updates(self, branch: Branch, index: int, journal: Journal, listener: Listener) -> dict[str, LowRankUpdate]:
         """The updates of task ``index``, trained now or before; the model holds the weights that it starts from."""
-        path = self._first_path(branch) if index == 0 else self._update_path(branch, index)
+        path = self._shared_path(branch, index) or self._update_path(branch, index)
         if not path.exists():
             updates, numbers = self._train(branch, index, listener, branch.id)
             _save_updates(path, updates, numbers)
@@ -509,9 +515,13 @@ class Session:
         self, branch: Branch, index: int, listener: Listener, where: str
     ) -> tuple[dict[str, LowRankUpdate], dict[str, Any]]:
         started = time.perf_counter()
-        task, settings = self.tasks[index], branch.training
+        task, settings, method = self.tasks[index], branch.training, _method_of(branch)
         listener.progress(where, f"{task} ({index + 1}/{len(self.tasks)}): samples", 0, 0)
         samples = self._training_samples(branch, task)
+        if method.trains_on == "tasks so far":
+            samples = [sample for name in self.tasks[: index + 1] for sample in self._training_samples(branch, name)]
+            settings = settings.model_copy(update={"steps": settings.steps * (index + 1)})
+        frozen = method.frozen_blocks(max(spec.blocks for spec in self._layers))
         losses: list[float] = []
         tell = _step_teller(listener, where, f"{task} ({index + 1}/{len(self.tasks)}): training", settings.steps)
 
@@ -524,7 +534,7 @@ class Session:
             self._batches(samples, settings.batch_size, settings.steps, derive_seed(branch.seed, task, "order")),
             settings,
             derive_seed(branch.seed, task, "factors"),
-            layers=self._layers,
+            layers=[spec for spec in self._layers if spec.block not in frozen],
             on_step=on_step,
         )
         seconds = time.perf_counter() - started
@@ -543,7 +553,6 @@ class Session:
         task = self.tasks[index]
         listener.progress(branch.id, f"{task} ({index + 1}/{len(self.tasks)}): edit", 0, 0)
         started = time.perf_counter()
-        anchored = getattr(method.config, "anchor", "prev") == "aligned"
         layers = edit_model(
             self.model,
             updates,
@@ -552,7 +561,8 @@ class Session:
             self._task_batches(branch, task, method),
             task_index=index,
             seed=derive_seed(branch.seed, task, "edit"),
-            aligned=self.aligned(branch.seed) if anchored else None,
+            aligned=self.aligned(branch.seed) if "aligned" in method.references else None,
+            unaligned=self._base_weights() if "unaligned" in method.references else None,
         )
         state = {f"model/{name}": weight for name, weight in self._weights().items()}
         state |= {f"method/{name}": tensor for name, tensor in method.state_dict().items()}
@@ -674,7 +684,7 @@ class Session:
 
     def _safety_counts(self, seed: int) -> set[int]:
         """How many refusals the methods of a seed's branches read."""
-        methods = [create_method(b.row.method, **b.row.options) for b in self.branches if b.seed == seed]
+        methods = [_method_of(b) for b in self.branches if b.seed == seed]
         return {_calibration_of(method).safety_samples for method in methods if _reads(method, "safety")}
 
     def _ensure_safety_set(self, seed: int, count: int, listener: Listener) -> None:
@@ -714,13 +724,22 @@ class Session:
 
     # ---------------------------------------------------------------------------------------------- files
 
-    def _first_path(self, branch: Branch) -> Path:
-        """Where the first training of all branches with these data and settings lies."""
-        told = {
-            "task": self.tasks[0],
+    def _shared_path(self, branch: Branch, index: int) -> Path | None:
+        """Where the training of a task lies that all branches with these data and settings have in common: one that
+        starts from the aligned model.  ``None`` for any other."""
+        method = _method_of(branch)
+        if index and method.starts_from != "aligned":
+            return None
+        told: dict[str, Any] = {
+            "task": self.tasks[index],
             "harmful_fraction": branch.condition.harmful_fraction,
             "training": branch.training.model_dump(mode="json"),
         }
+        # Only where it says something: folders of before these were known go on.
+        if index and method.trains_on == "tasks so far":
+            told["with"] = self.tasks[:index]
+        if method.training_options:
+            told["method"] = {method.name: method.training_options}
         digest = hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:12]
         return self.seed_folder(branch.seed) / f"first-{digest}.safetensors"
 
@@ -739,8 +758,12 @@ class Session:
         made = (folder / "aligned.safetensors").exists()
         return judged and made and all(self._safety_path(seed, count).exists() for count in self._safety_counts(seed))
 
-    def _has_trained_first(self, branch: Branch) -> bool:
-        return any(event["event"] == "edit" for event in read_lines(self.branch_folder(branch) / "events.jsonl"))
+    def _shared_left(self, branch: Branch) -> list[tuple[Path, int]]:
+        """The trainings from the aligned model that a branch still needs, with their tasks."""
+        lines = read_lines(self.branch_folder(branch) / "events.jsonl")
+        edited = {event.get("task_index") for event in lines if event["event"] == "edit"}
+        paths = [(self._shared_path(branch, index), index) for index in range(len(self.tasks)) if index not in edited]
+        return [(path, index) for path, index in paths if path is not None and not path.exists()]
 
     def _update_path(self, branch: Branch, index: int) -> Path:
         return self.branch_folder(branch) / f"update-{index}.safetensors"
@@ -912,6 +935,11 @@ def _thinned(values: Sequence[float], points: int) -> list[float]:
     if len(values) <= points:
         return list(values)
     return [values[round(index * (len(values) - 1) / (points - 1))] for index in range(points)]
+
+
+def _method_of(branch: Branch) -> Method:
+    """A fresh object of the branch's method."""
+    return create_method(branch.row.method, **branch.row.options)
 
 
 def _calibration_of(method: Method) -> CalibrationConfig:

@@ -81,7 +81,9 @@ class LayerChange:
         input_key: equal for layers that are fed by the same tensor.
         before: ``W_{t-1}``, ``[rows, cols]``.
         update: the LoRA factors of the change, or the dense ``W_t [rows, cols]``.
-        aligned: ``W_0``, the aligned model's weight, where kept columns return to it (``anchor=aligned``).
+        aligned: ``W_0``, the aligned model's weight, for a method that reads it (``Method.references``).
+        unaligned: the weight before the alignment, likewise.
+        earlier: what earlier tasks made of ``before``, each like ``update``: for methods that merge models.
         reuse_update: nobody reads a dense ``update`` afterwards, so the edited weight may be written into its memory.
     """
 
@@ -93,6 +95,8 @@ class LayerChange:
     update: LowRankUpdate | Tensor = field(repr=False)
     aligned: Tensor | None = field(default=None, repr=False)
     reuse_update: bool = field(default=False, repr=False)
+    unaligned: Tensor | None = field(default=None, repr=False)
+    earlier: tuple[LowRankUpdate | Tensor, ...] = field(default=(), repr=False)
 
     def __post_init__(self) -> None:
         where = f"layer {self.name}: " if self.name else ""
@@ -112,8 +116,13 @@ class LayerChange:
             )
         elif tuple(self.update.shape) != shape:
             raise ValueError(f"{where}after: expected {shape} (as before), got {tuple(self.update.shape)}")
-        if self.aligned is not None and tuple(self.aligned.shape) != shape:
-            raise ValueError(f"{where}aligned: expected {shape} (as before), got {tuple(self.aligned.shape)}")
+        for what, other in (
+            ("aligned", self.aligned),
+            ("unaligned", self.unaligned),
+            *(("earlier", other) for other in self.earlier),
+        ):
+            if other is not None and tuple(other.shape) != shape:
+                raise ValueError(f"{where}{what}: expected {shape} (as before), got {tuple(other.shape)}")
         object.__setattr__(self, "before", self.before.detach())
         if isinstance(self.update, Tensor):
             object.__setattr__(self, "update", self.update.detach())

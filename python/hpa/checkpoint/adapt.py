@@ -20,6 +20,7 @@ from typing import Any, Literal, Protocol
 import torch
 
 import hpa_ext
+from hpa.calibration import LayerSpec
 from hpa.checkpoint.adapter import Adapter
 from hpa.checkpoint.buffers import Buffers
 from hpa.checkpoint.calibrate import CalibrationJob, calibrate_checkpoint
@@ -31,6 +32,7 @@ from hpa.checkpoint.merge import Editor, ShardResult, write_shard
 from hpa.checkpoint.plan import Plan, Shard, decoder_of, make_plan, model_fingerprint, model_layers
 from hpa.checkpoint.statistics import Statistics
 from hpa.checkpoint.stream import hash_file
+from hpa.layers import LowRankUpdate
 from hpa.methods import Method
 from hpa.storage import write_file
 
@@ -92,7 +94,9 @@ class Job:
         statistics: statistics files, by role.
         calibrations: how to make those that are not given, by role; their ``out`` is not looked at.
         memory: memory of past tasks, from an earlier output.
-        aligned: folder of the aligned model, where kept columns return to it.
+        aligned: folder of the aligned model, for methods that read it.
+        unaligned: folder of the model before its alignment, likewise.
+        earlier: folders of what other tasks made of ``before`` (models, or adapters of it), for methods that merge.
         skip: patterns of layers to leave as the task made them.
         save_as: a whole model, or the adapter again.
         task_index, seed: for methods that draw.
@@ -108,6 +112,8 @@ class Job:
     calibrations: dict[str, CalibrationJob] = field(default_factory=dict)
     memory: Path | None = None
     aligned: Path | None = None
+    unaligned: Path | None = None
+    earlier: tuple[Path, ...] = ()
     skip: tuple[str, ...] = ()
     save_as: Literal["full", "lora"] = "full"
     task_index: int = 0
@@ -217,6 +223,13 @@ def _wanted(job: Job) -> dict[str, frozenset[str]]:
 
 def prepare(job: Job) -> Prepared:
     """Read and check everything but the numbers."""
+    if job.method.only_trains:
+        raise CheckpointError(
+            f"method '{job.method.name}' is a way of training: it does nothing to finished checkpoints; use it in "
+            "`hpa run`"
+        )
+    if job.earlier and not job.method.merges_earlier:
+        raise CheckpointError(f"earlier: method '{job.method.name}' as set merges no models of other tasks")
     before, after = Folder(job.before, "BEFORE"), Folder(job.after, "AFTER")
     if before.is_adapter:
         raise CheckpointError(f"BEFORE: {job.before} is an adapter; expected the model that it stands on")
@@ -318,6 +331,10 @@ def _identity(job: Job, prepared: Prepared) -> dict[str, Any]:
         inputs["memory"] = file(job.memory)
     if job.aligned is not None:
         inputs["aligned"] = {"folder": str(job.aligned.absolute())}
+    others = [("unaligned", job.unaligned), *((f"earlier {index}", path) for index, path in enumerate(job.earlier))]
+    for name, place in others:
+        if place is not None:
+            inputs |= {f"{name}/{found}": file(place / found) for found in Folder(place, name).files}
     return {
         "inputs": inputs,
         "settings": {
@@ -443,7 +460,8 @@ def editor_of(job: Job, prepared: Prepared) -> Editor:
         job.method,
         prepared.statistics,
         memory=prepared.memory,
-        aligned=_aligned(job),
+        references={name: _reference(job, name) for name in sorted(job.method.references)},
+        earlier=[_earlier(path, prepared.before) for path in job.earlier],
         task_index=job.task_index,
         seed=job.seed,
         budget=_statistics_budget(job),
@@ -454,20 +472,47 @@ def _statistics_budget(job: Job) -> int:
     return min(job.max_memory // 4, 512 << 20)
 
 
-def _aligned(job: Job) -> Callable[[str], torch.Tensor] | None:
-    if getattr(job.method.config, "anchor", "prev") != "aligned":
-        return None
-    if job.aligned is None:
-        raise CheckpointError("aligned: needed with anchor=aligned, got none; pass --aligned FOLDER")
-    folder = Folder(job.aligned, "aligned")
-    layers = model_layers(folder, decoder_of(folder), include_projector=True)
+def _reference(job: Job, name: str) -> Callable[[str], torch.Tensor]:
+    """What reads a layer of the aligned or the unaligned model."""
+    path = job.aligned if name == "aligned" else job.unaligned
+    if path is None:
+        anchored = getattr(job.method.config, "anchor", "prev") == "aligned"
+        reader = "with anchor=aligned" if anchored else f"by method '{job.method.name}'"
+        raise CheckpointError(f"{name}: needed {reader}, got none; pass --{name} FOLDER")
+    return _layer_reader(Folder(path, name))
+
+
+def _earlier(path: Path, before: Folder) -> Callable[[str], torch.Tensor | LowRankUpdate]:
+    """What reads a layer of another task's model, or the update of another task's adapter."""
+    folder = Folder(path, "earlier")
+    if not folder.is_adapter:
+        return _layer_reader(folder)
+    factors = Adapter.of(folder).factors_on(before.tensors)
+    tensors = {canonical: tensor for canonical, (_, tensor) in _all_layers(before).items()}
+
+    def read(layer: str) -> LowRankUpdate:
+        tensor = tensors[layer]
+        if tensor in factors:
+            return factors[tensor].read()
+        rows, cols = before.tensors[tensor].shape
+        return LowRankUpdate(torch.empty(0, cols), torch.empty(rows, 0))
+
+    return read
+
+
+def _layer_reader(folder: Folder) -> Callable[[str], torch.Tensor]:
+    layers = _all_layers(folder)
 
     def read(layer: str) -> torch.Tensor:
         if layer not in layers:
-            raise CheckpointError(f"aligned: {job.aligned} has no layer {layer}")
+            raise CheckpointError(f"{folder.argument}: {folder.path} has no layer {layer}")
         return read_tensor(folder.tensors[layers[layer][1]])
 
     return read
+
+
+def _all_layers(folder: Folder) -> dict[str, tuple[LayerSpec, str]]:
+    return model_layers(folder, decoder_of(folder), include_projector=True)
 
 
 def _finish(

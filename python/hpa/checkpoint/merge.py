@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -53,16 +53,20 @@ class Editor:
         statistics: dict[str, Statistics],
         *,
         memory: Memory | None = None,
-        aligned: Callable[[str], Tensor] | None = None,
+        references: Mapping[str, Callable[[str], Tensor]] | None = None,
+        earlier: Sequence[Callable[[str], Tensor | LowRankUpdate]] = (),
         task_index: int = 0,
         seed: int = 0,
         budget: int = 1 << 30,
     ) -> None:
-        """``statistics``: by role, safety and task; ``budget``: bytes of statistics to keep for the next layers."""
+        """``statistics``: by role, safety and task; ``references``, ``earlier``: what reads a layer of the aligned or
+        unaligned model, and of other tasks' models; ``budget``: bytes of statistics to keep for the next layers."""
         self.method = method
+        method.goes_on = False  # what is carried from task to task is in files here
         self._statistics = statistics
         self._memory = memory
-        self._aligned = aligned
+        self._references = dict(references or {})
+        self._earlier = list(earlier)
         self._task_index, self._seed = task_index, seed
         self._cache: OrderedDict[tuple[str, str], InputStatistics] = OrderedDict()
         self._budget = budget
@@ -86,8 +90,18 @@ class Editor:
         if self._memory is not None and key != self._memory_key:
             self.method.load_state_dict(self._memory.state(key))
             self._memory_key = key
-        aligned = None if self._aligned is None else self._aligned(layer.name)
-        change = LayerChange(layer.name, layer.block, layer.blocks, key, before, update, aligned, reuse_update)
+        others = {name: read(layer.name) for name, read in self._references.items()}
+        change = LayerChange(
+            layer.name,
+            layer.block,
+            layer.blocks,
+            key,
+            before,
+            update,
+            reuse_update=reuse_update,
+            earlier=tuple(read(layer.name) for read in self._earlier),
+            **others,
+        )
         return self.method.edit_layer(
             change, seen.get("safety"), seen.get("task"), task_index=self._task_index, seed=self._seed
         )
@@ -246,7 +260,12 @@ def _adapter_half(
     assert loaded.before is not None
     assert loaded.update is not None
     edit = editor.edit(entry, loaded.before, loaded.update)
-    if edit.update is None or edit.base is None or edit.base.data_ptr() != loaded.before.data_ptr():
+    if edit.update is None or edit.base is None or edit.update.rank != entry.factors.a.shape[0]:
+        raise CheckpointError(
+            f"save-as: lora cannot hold the edit of layer {layer.name} by method '{editor.method.name}': it is no "
+            f"update of rank {entry.factors.a.shape[0]}; use --save-as full"
+        )
+    if edit.base.data_ptr() != loaded.before.data_ptr():
         raise CheckpointError(
             f"save-as: lora cannot hold the edit of layer {layer.name}: it changes the base weights as well; "
             "use --save-as full, or switch the orthogonal adjustment off with --set proj=off"

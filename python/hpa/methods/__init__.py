@@ -9,17 +9,45 @@ from typing import Any
 
 from hpa.config import validated
 from hpa.methods.base import Method
+from hpa.methods.dare import DARE
 from hpa.methods.hpa import HPA
 from hpa.methods.hpa_ls import HPALeastSquares
+from hpa.methods.joint import Joint
 from hpa.methods.magnitude import Magnitude
+from hpa.methods.model_tailor import ModelTailor
 from hpa.methods.random_columns import RandomColumns
+from hpa.methods.regmean import RegMean
+from hpa.methods.safe_delta import SafeDelta
+from hpa.methods.safe_lora import SafeLoRA
 from hpa.methods.scale import Scale
 from hpa.methods.seqft import SeqFT
+from hpa.methods.sppft import SPPFT
+from hpa.methods.task_arithmetic import TaskArithmetic
+from hpa.methods.ties import TIES
+from hpa.methods.wise_ft import WiseFT
 
 __all__ = ["METHODS", "Method", "create_method"]
 
 METHODS: dict[str, type[Method]] = {
-    method.name: method for method in (SeqFT, HPA, HPALeastSquares, RandomColumns, Magnitude, Scale)
+    method.name: method
+    for method in (
+        SeqFT,
+        HPA,
+        HPALeastSquares,
+        Joint,
+        SafeDelta,
+        ModelTailor,
+        SafeLoRA,
+        SPPFT,
+        WiseFT,
+        TaskArithmetic,
+        DARE,
+        TIES,
+        RegMean,
+        RandomColumns,
+        Magnitude,
+        Scale,
+    )
 }
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, JsonValue
 from torch import Tensor
 
 from hpa.config import ColumnConfig
@@ -16,12 +16,16 @@ from hpa.layers import InputStatistics, LayerChange, LayerEdit, LowRankUpdate
 __all__ = [
     "STATISTICS",
     "InputStatistics",
+    "Kind",
     "LayerChange",
     "LayerEdit",
     "LowRankUpdate",
     "Method",
     "NoOptions",
+    "check_strength",
 ]
+
+Kind = Literal["training", "editing", "merging", "control"]
 
 STATISTICS = frozenset({"safety_diagonal", "task_diagonal", "safety_gram", "task_gram", "edited_gram"})
 """What a method may ask for.  ``edited_gram``: the task's Gram matrices under the *edited* weights, see
@@ -43,10 +47,15 @@ class Method(ABC):
     Attributes:
         name: key in the registry.
         Config: its options.
+        kind: editing: changes each update after its training; merging: makes one model of several tasks' models;
+            training: differs in how it trains; control: what a claim has to beat.
+        only_trains: nothing of it can be done to finished checkpoints, so ``hpa adapt`` refuses it.
         needs: what calibration must provide, a subset of :data:`STATISTICS`; may depend on the options.
     """
 
     name: ClassVar[str]
+    kind: ClassVar[Kind] = "editing"
+    only_trains: ClassVar[bool] = False
     Config: ClassVar[type[BaseModel]] = NoOptions
     needs: frozenset[str] = frozenset()
 
@@ -56,6 +65,39 @@ class Method(ABC):
         if not isinstance(config, self.Config):
             raise TypeError(f"config: expected {self.Config.__name__}, got {type(config).__name__}")
         self.config = config
+        self.goes_on = True
+        """Whether another task may follow.  Where none does, an edit need not take anything down for it."""
+
+    @property
+    def references(self) -> frozenset[str]:
+        """Models whose weights :meth:`edit_layer` reads besides the two of the change: ``aligned``, ``unaligned``."""
+        return frozenset({"aligned"} if getattr(self.config, "anchor", "prev") == "aligned" else ())
+
+    @property
+    def starts_from(self) -> Literal["previous", "aligned"]:
+        """The weights that a task's training begins with, and that its update is relative to: what came of the task
+        before, or the aligned model."""
+        return "previous"
+
+    @property
+    def trains_on(self) -> Literal["task", "tasks so far"]:
+        """The data of a training; with ``tasks so far`` it takes as many steps a task as the recipe says."""
+        return "task"
+
+    @property
+    def training_options(self) -> dict[str, JsonValue]:
+        """Whatever makes the training of a task from the aligned model another than plain fine-tuning, JSON-ready:
+        branches share such a training where these are equal."""
+        return {}
+
+    @property
+    def merges_earlier(self) -> bool:
+        """Whether :meth:`edit_layer` reads what other tasks made of the same weights (``LayerChange.earlier``)."""
+        return False
+
+    def frozen_blocks(self, blocks: int) -> frozenset[int]:
+        """Decoder blocks, 1-based, of ``blocks`` that are not trained."""
+        return frozenset()
 
     def at_strength(self, strength: float) -> Method:
         """A fresh object of this method that holds an update back ``strength`` times as much; 1 is its own setting.
@@ -65,8 +107,7 @@ class Method(ABC):
         Raises:
             ValueError: a strength that is not positive, or a method that has none to set.
         """
-        if not (strength > 0 and math.isfinite(strength)):
-            raise ValueError(f"strength: expected a positive number, got {strength}")
+        check_strength(strength)
         if strength == 1:
             return type(self)(self.config)
         if not isinstance(self.config, ColumnConfig):
@@ -121,3 +162,9 @@ class Method(ABC):
     def __repr__(self) -> str:
         chosen = ", ".join(f"{key}={getattr(self.config, key)!r}" for key in sorted(self.config.model_fields_set))
         return f"{type(self).__name__}({chosen})"
+
+
+def check_strength(strength: float) -> None:
+    """Raises ValueError where ``strength`` is no positive number."""
+    if not (strength > 0 and math.isfinite(strength)):
+        raise ValueError(f"strength: expected a positive number, got {strength}")

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from hpa.columns import give_back, keep_as_learned, measure, measured_numbers, stored
 from hpa.config import ColumnConfig
 from hpa.layers import InputStatistics, LayerChange, LayerEdit, Number
-from hpa.methods.base import Method
+from hpa.methods.base import Kind, Method
 
 __all__ = ["Magnitude"]
 
@@ -22,6 +22,7 @@ class Magnitude(Method):
     """The top columns by mean squared change go back; budget and adjustment as in HPA."""
 
     name: ClassVar[str] = "magnitude"
+    kind: ClassVar[Kind] = "control"
     Config: ClassVar[type[BaseModel]] = ColumnConfig
     config: ColumnConfig
 

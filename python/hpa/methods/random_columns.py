@@ -15,7 +15,7 @@ from pydantic import BaseModel
 from hpa.columns import give_back, keep_as_learned, measure, measured_numbers, stored
 from hpa.config import ColumnConfig
 from hpa.layers import InputStatistics, LayerChange, LayerEdit, Number
-from hpa.methods.base import Method
+from hpa.methods.base import Kind, Method
 
 __all__ = ["RandomColumns"]
 
@@ -24,6 +24,7 @@ class RandomColumns(Method):
     """Columns drawn without replacement, anew for every seed, task and layer; budget and adjustment as in HPA."""
 
     name: ClassVar[str] = "random"
+    kind: ClassVar[Kind] = "control"
     Config: ClassVar[type[BaseModel]] = ColumnConfig
     config: ColumnConfig
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, Field
 from hpa.columns import keep_as_learned, measure, measured_numbers, stored
 from hpa.config import AdaptConfig
 from hpa.layers import InputStatistics, LayerChange, LayerEdit, LowRankUpdate, Number
-from hpa.methods.base import Method
+from hpa.methods.base import Kind, Method
 from hpa.methods.hpa import HPA
 
 __all__ = ["Scale", "ScaleConfig"]
@@ -39,6 +39,7 @@ class Scale(Method):
     """``W^ = W_o + factor * change``."""
 
     name: ClassVar[str] = "scale"
+    kind: ClassVar[Kind] = "control"
     Config: ClassVar[type[BaseModel]] = ScaleConfig
     config: ScaleConfig
 

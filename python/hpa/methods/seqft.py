@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from hpa.columns import keep_as_learned, measure, measured_numbers
 from hpa.layers import InputStatistics, LayerChange, LayerEdit
-from hpa.methods.base import Method
+from hpa.methods.base import Kind, Method
 
 __all__ = ["SeqFT"]
 
@@ -15,6 +15,7 @@ class SeqFT(Method):
     """No edit."""
 
     name: ClassVar[str] = "seqft"
+    kind: ClassVar[Kind] = "training"
 
     def edit_layer(
         self,
