@@ -7,7 +7,7 @@ that are Python numbers travel as a float64 tensor ``numbers`` and are read afte
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -44,7 +44,7 @@ def _inverse_diagonal(
         gram, damping, cast(Any, mode), activations=activations, scale=scale, info=info, backend=backend
     )
     info["route"] = info["route"] == "low_rank"
-    return diagonal, torch.tensor(list(info.values()), dtype=torch.float64)
+    return diagonal, _numbers(list(info.values()))
 
 
 @_inverse_diagonal.register_fake
@@ -52,7 +52,7 @@ def _(
     gram: Tensor | None, damping: float, mode: str, activations: Tensor | None, scale: float, backend: str | None
 ) -> tuple[Tensor, Tensor]:
     given = cast(Tensor, activations if gram is None else gram)
-    return given.new_empty(given.shape[1], dtype=_wide(given)), torch.empty(4, dtype=torch.float64)
+    return given.new_empty(given.shape[1], dtype=_wide(given)), torch.empty(4, dtype=torch.float64, device="cpu")
 
 
 @_operator(
@@ -102,12 +102,12 @@ def _balanced_mask(
         "phi_norm": phi_norm,
     }
     mask, *numbers = ops.balanced_mask(safety, task, keep, focus, (alpha[0], alpha[1]), **options, backend=backend)
-    return mask, torch.tensor(numbers, dtype=torch.float64)
+    return mask, _numbers(numbers)
 
 
 @_balanced_mask.register_fake
 def _(safety: Tensor, *_: object) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(safety, dtype=torch.bool), torch.empty(6, dtype=torch.float64)
+    return torch.empty_like(safety, dtype=torch.bool), torch.empty(6, dtype=torch.float64, device="cpu")
 
 
 @_operator("merge_", "(Tensor(a!) after, Tensor before, Tensor mask, float projection, str? backend) -> ()")
@@ -127,13 +127,18 @@ def _project_list_(grads: list[Tensor], basis: list[Tensor], passes: int, backen
 
 @_operator("orthonormalize_", "(Tensor(a!) vectors, Tensor? basis, float? rtol, str? backend) -> Tensor")
 def _orthonormalize_(vectors: Tensor, basis: Tensor | None, rtol: float | None, backend: str | None) -> Tensor:
-    return torch.tensor(ops.orthonormalize_(vectors, basis, rtol, backend=backend))
+    return torch.tensor(ops.orthonormalize_(vectors, basis, rtol, backend=backend), device="cpu")
 
 
 @_orthonormalize_.register_fake
 def _(vectors: Tensor, basis: Tensor | None, rtol: float | None, backend: str | None) -> Tensor:
-    return torch.empty((), dtype=torch.int64)
+    return torch.empty((), dtype=torch.int64, device="cpu")
 
 
 def _wide(tensor: Tensor) -> torch.dtype:
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _numbers(values: Sequence[float]) -> Tensor:
+    """On the CPU, where they are read, whatever torch's default device is."""
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
