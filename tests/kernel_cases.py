@@ -1,13 +1,22 @@
-"""Inputs and tolerances that the kernel tests share."""
+"""Inputs and tolerances that the kernel tests share.
+
+Inputs are made on the CPU, so that they are the same everywhere, and lie on torch's default device: the fixtures
+``device`` and ``backend`` of ``conftest.py`` make that a GPU where a test is to run on one.
+
+``HPA_TEST_SEED=7`` gives all random inputs other values.
+"""
 
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Callable
 
 import numpy as np
 import torch
 from torch import Tensor
+
+SEED = int(os.environ.get("HPA_TEST_SEED", "0"))
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NARROW = (torch.float32, torch.bfloat16, torch.float16)
@@ -28,12 +37,15 @@ STORAGE = {
 
 
 def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(shape, generator=generator, dtype=torch.float64) * scale).to(dtype)
+    generator = torch.Generator().manual_seed(seed + 1000 * SEED)
+    values = torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu") * scale
+    return values.to(dtype).to(torch.get_default_device())
 
 
 def uniform(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
-    return torch.rand(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+    generator = torch.Generator().manual_seed(seed + 1000 * SEED)
+    values = torch.rand(shape, generator=generator, dtype=torch.float64, device="cpu")
+    return values.to(dtype).to(torch.get_default_device())
 
 
 def orthonormal_rows(rank: int, n: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -69,12 +81,12 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 
 def f64(tensor: Tensor) -> np.ndarray:
     """A float64 copy."""
-    return tensor.detach().to(torch.float64, copy=True).numpy()
+    return tensor.detach().cpu().to(torch.float64, copy=True).numpy()
 
 
 def bits(tensor: Tensor) -> np.ndarray:
     """The stored bytes, so that NaN and signed zeros compare."""
-    return tensor.detach().contiguous().view(torch.uint8).numpy()
+    return tensor.detach().cpu().contiguous().view(torch.uint8).numpy()
 
 
 def assert_within(actual: Tensor | np.ndarray, expected: Tensor | np.ndarray, bound: np.ndarray | float) -> None:

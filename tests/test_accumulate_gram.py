@@ -120,7 +120,6 @@ def test_bit_reproducible_for_any_number_of_threads(threads, tokens: int, cols: 
     assert torch.equal(results[0], results[2])
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_nan_spreads_to_the_row_and_column_it_belongs_to(backend: str) -> None:
     x = normal(5, 60)
     x[2, 50] = math.nan

@@ -73,7 +73,6 @@ def test_a_single_tensor_is_like_a_list_of_one() -> None:
     assert torch.equal(alone, listed[0])
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_parameters_without_a_gradient_are_left_alone(backend: str) -> None:
     importance = [torch.ones(2), torch.ones(3), torch.ones(1)]
     weights = [torch.full((2,), -3.0), None, torch.full((1,), 5.0)]
@@ -97,7 +96,6 @@ def test_a_long_list_of_small_tensors_is_one_call(dtype: torch.dtype) -> None:
         assert torch.equal(total, grad.float().square())
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_nan_and_inf_spread_to_their_element(backend: str) -> None:
     grad = torch.tensor([1.0, math.nan, math.inf, 2.0])
     fisher = hpa_ext.accumulate_importance_(torch.zeros(4), grad, backend=backend)

@@ -23,10 +23,15 @@ def fresh_lookup(checked_path: None) -> object:
 def test_the_device_decides_when_nothing_names_a_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     assert backend.automatic(torch.device("cpu")) == "cpu"
     assert backend.automatic(torch.device("meta")) == "reference"
-    monkeypatch.setattr(backend, "triton_trouble", lambda device: None)
-    assert backend.automatic(torch.device("cuda", 1)) == "triton"
-    monkeypatch.setattr(backend, "triton_trouble", lambda device: "no compiler")
-    assert backend.automatic(torch.device("cuda", 1)) == "reference"
+    for cuda, triton, serves in (
+        (None, None, "cuda"),
+        (None, "no compiler", "cuda"),
+        ("not built", None, "triton"),
+        ("not built", "no compiler", "reference"),
+    ):
+        monkeypatch.setattr(backend, "cuda_trouble", lambda why=cuda: why)
+        monkeypatch.setattr(backend, "triton_trouble", lambda device, why=triton: why)
+        assert backend.automatic(torch.device("cuda", 1)) == serves
     assert backend.select(None, torch.device("cpu")).merge_.__module__ == "hpa_ext.cpu"
 
 

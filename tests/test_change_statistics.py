@@ -82,7 +82,6 @@ def test_cancelling_dot_product_keeps_its_digits() -> None:
     assert hpa_ext.change_statistics(before, after).dot.item() == 2.0**-20
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_empty_weights_have_no_change(backend: str) -> None:
     no_rows = hpa_ext.change_statistics(torch.zeros(0, 5), torch.zeros(0, 5), backend=backend)
     assert no_rows.column_change.tolist() == [0.0] * 5
@@ -91,7 +90,6 @@ def test_empty_weights_have_no_change(backend: str) -> None:
     assert no_rows.dot == no_cols.change_norm_sq == 0
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_nan_and_inf_spread_to_their_column_and_the_scalars(backend: str) -> None:
     before = normal(40, 30)
     after = before + 1
@@ -114,7 +112,6 @@ def test_bit_reproducible_for_any_number_of_threads(threads) -> None:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_a_list_gives_the_numbers_of_single_calls(isa: str, threads, backend: str) -> None:
     shapes = [(3, 5), (0, 4), (130, 1100), (2, 0), (700, 33), (1, 1), (64, 2048)]
     before = [normal(*shape, seed=i, dtype=FLOATS[i % 4]) for i, shape in enumerate(shapes)]

@@ -13,6 +13,8 @@ from torch._dynamo.utils import counters
 
 import hpa_ext
 
+pytestmark = pytest.mark.usefixtures("device")
+
 
 @pytest.fixture(autouse=True)
 def nothing_compiled_before() -> Iterator[None]:

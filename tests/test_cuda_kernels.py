@@ -1,5 +1,6 @@
-"""The CUDA kernels on the host: the same .cu files, compiled by g++ with the emulator of tests/cuda_emulation, against
-the reference.  Sizes lie around warps, packs of 16 bytes, blocks and groups."""
+"""The CUDA kernels against the reference: on the host, the same .cu files compiled by g++ with the emulator of
+tests/cuda_emulation, and where there is a GPU the installed module on it.  Sizes lie around warps, packs of 16 bytes,
+blocks and groups."""
 
 from __future__ import annotations
 
@@ -14,7 +15,19 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from kernel_cases import FLOATS, LAYOUTS, ROUNDOFF, assert_within, bits, f64, normal, orthonormal_rows, rounded, uniform
+from kernel_cases import (
+    FLOATS,
+    LAYOUTS,
+    ROUNDOFF,
+    SEED,
+    assert_within,
+    bits,
+    f64,
+    normal,
+    orthonormal_rows,
+    rounded,
+    uniform,
+)
 from torch import Tensor
 
 from hpa_ext import backend, cuda, reference
@@ -22,22 +35,28 @@ from hpa_ext import backend, cuda, reference
 sys.path.insert(0, str(Path(__file__).resolve().parent / "cuda_emulation"))
 import build
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
-
 
 @pytest.fixture(scope="session")
 def emulation() -> ModuleType:
+    if shutil.which("g++") is None:
+        pytest.skip("needs g++")
     pytest.importorskip("pybind11")
     return build.module()
 
 
 @pytest.fixture(autouse=True)
-def order(request: pytest.FixtureRequest, emulation: ModuleType, monkeypatch: pytest.MonkeyPatch) -> int:
-    """Threads and blocks run forward, backward or shuffled: one of the three a test, by its name."""
-    chosen = (0, 1, 7)[zlib.crc32(request.node.name.encode()) % 3]
-    ctypes.CDLL(emulation.__file__).hpa_emulation_set_order(chosen)
+def module(device: torch.device, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The module under test.  In the emulator threads and blocks run forward, backward or shuffled: one of the three a
+    test, by its name."""
+    if device.type == "cuda":
+        if trouble := backend.cuda_trouble():
+            pytest.skip(f"cuda cannot run here: {trouble}")
+        return backend.cuda_extension()
+    emulation = request.getfixturevalue("emulation")
+    order = (0, 1, 7 + SEED)[(zlib.crc32(request.node.name.encode()) + SEED) % 3]
+    ctypes.CDLL(emulation.__file__).hpa_emulation_set_order(order)
     monkeypatch.setattr(cuda, "cuda_extension", lambda: emulation)
-    return chosen
+    return emulation
 
 
 GRAM_DTYPES = [
@@ -206,6 +225,18 @@ def test_inverse_diagonal(cols: int, dtype: torch.dtype, mode: str) -> None:
     np.testing.assert_allclose(f64(actual), f64(expected), rtol=2.0**-23 if dtype == torch.float32 else 1e-11)
 
 
+@pytest.mark.parametrize("mode", ["exact", "pivot"])
+def test_inverse_diagonal_of_many_columns_is_eliminated_in_float32(mode: str) -> None:
+    cols = 1089  # the last block on the diagonal has one column
+    gram = gram_of(normal(1600, cols))
+    expected = reference.inverse_diagonal(gram, None, 2.0, 0.01, mode)[0]
+    actual, _, route = cuda.inverse_diagonal(gram, None, 2.0, 0.01, mode)
+    assert (actual.dtype, route) == (torch.float32, "dense")
+    # A backward error of some roundings, times a condition of (1 + s)^2 / ((1 - s)^2 + 0.01) with s^2 = cols / 1600.
+    np.testing.assert_allclose(f64(actual), f64(expected), rtol=8 * 2.0**-24 * 85)
+    assert not torch.equal(actual, expected)  # in float64 all digits are right
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize(("tokens", "route"), [(10, "low_rank"), (60, "dense")])
 def test_inverse_diagonal_of_activations(tokens: int, route: str, dtype: torch.dtype) -> None:
@@ -255,7 +286,9 @@ def test_project(vectors: int, n: int, rank: int, dtypes: tuple[torch.dtype, tor
 
 
 def test_a_list_is_one_long_vector_also_over_several_tables() -> None:
-    sizes = [int(size) for size in torch.randint(1, 12, (430,), generator=torch.Generator().manual_seed(0))]
+    sizes = [
+        int(size) for size in torch.randint(1, 12, (430,), generator=torch.Generator().manual_seed(0), device="cpu")
+    ]
     whole, basis = normal(sum(sizes)), orthonormal_rows(4, sum(sizes), seed=1)
     grads = [part.clone()[None] for part in whole.split(sizes)]
     slices = [part.clone() for part in basis.split(sizes, dim=1)]
@@ -350,8 +383,11 @@ def test_balanced_mask(cols: int, dtype: torch.dtype, options: tuple) -> None:
         expected = reference.balanced_mask(*arguments)
         actual = cuda.balanced_mask(*arguments)
         assert torch.equal(actual[0], expected[0])
-        # The host's own log: the same numbers, bit by bit.
-        assert actual[1:] == expected[1:]
+        if safety.device.type == "cpu":  # the host's own log and tanh: the same numbers, bit by bit
+            assert actual[1:] == expected[1:]
+        else:
+            assert actual[1:3] == pytest.approx(expected[1:3], rel=1e-13, abs=1e-13)
+            assert actual[3:] == expected[3:]
 
 
 def test_balanced_mask_of_no_columns_and_of_strided_scores() -> None:
@@ -363,13 +399,13 @@ def test_balanced_mask_of_no_columns_and_of_strided_scores() -> None:
     assert torch.equal(cuda.balanced_mask(*arguments)[0], reference.balanced_mask(*arguments)[0])
 
 
-def test_the_module_refuses_arguments_that_do_not_fit(emulation: ModuleType) -> None:
-    where = (0, 0, lambda count: torch.empty(count, dtype=torch.float64))
+def test_the_module_refuses_arguments_that_do_not_fit(module: ModuleType) -> None:
+    where = cuda._where(torch.zeros(1))
     with pytest.raises(ValueError, match="^before: expected shape"):
-        emulation.merge_(where, torch.zeros(2, 3), torch.zeros(2, 2), torch.zeros(3, dtype=torch.bool), 0.0)
+        module.merge_(where, torch.zeros(2, 3), torch.zeros(2, 2), torch.zeros(3, dtype=torch.bool), 0.0)
     with pytest.raises(ValueError, match="^mask: expected bool"):
-        emulation.merge_(where, torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(3), 0.0)
+        module.merge_(where, torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(3), 0.0)
 
 
-def test_the_binding_and_the_package_speak_of_one_interface(emulation: ModuleType) -> None:
-    assert emulation.INTERFACE == backend.CUDA_INTERFACE
+def test_the_binding_and_the_package_speak_of_one_interface(module: ModuleType) -> None:
+    assert module.INTERFACE == backend.CUDA_INTERFACE

@@ -212,7 +212,6 @@ def test_dead_columns_get_the_largest_diagonal_and_no_special_case() -> None:
     assert int(diagonal.argmax()) == 4
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_indefinite_matrix_climbs_the_damping_ladder(backend: str) -> None:
     # Eigenvalues 4 and -2; the mean diagonal is 1, so only damping above 2 would do, and the ladder ends at 1.
     hopeless = torch.tensor([[1.0, 0.0], [3.0, 1.0]])
@@ -235,7 +234,6 @@ def test_damping_above_the_ladder_is_tried_once() -> None:
     assert float(diagonal[0]) == pytest.approx(3.5 / (3.5**2 - 9), rel=1e-6)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_nothing_to_scale_the_damping_by_is_an_error(backend: str) -> None:
     with pytest.raises(ValueError, match=r"^gram: expected a positive mean diagonal, got 0"):
         hpa_ext.inverse_diagonal(torch.zeros(3, 3), backend=backend)
@@ -246,7 +244,6 @@ def test_nothing_to_scale_the_damping_by_is_an_error(backend: str) -> None:
         hpa_ext.inverse_diagonal(-2 * torch.eye(3), backend=backend)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 def test_nan_and_inf_are_errors(backend: str, value: float) -> None:
     for place in ((2, 2), (4, 1)):
@@ -261,7 +258,6 @@ def test_nan_and_inf_are_errors(backend: str, value: float) -> None:
             hpa_ext.inverse_diagonal(activations=x, backend=backend)
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_no_columns_give_no_diagonal(backend: str) -> None:
     assert hpa_ext.inverse_diagonal(torch.zeros(0, 0), backend=backend).shape == (0,)
     assert hpa_ext.inverse_diagonal(activations=torch.zeros(5, 0), backend=backend).shape == (0,)

@@ -54,7 +54,6 @@ def test_any_shape_dtype_and_layout_agrees_with_the_reference(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_every_16_bit_pattern_is_kept_as_it_is(isa: str, dtype: torch.dtype, backend: str) -> None:
     patterns = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(2, -1)
     before, after = patterns.view(dtype), patterns.flip(1).contiguous().view(dtype)
@@ -90,14 +89,12 @@ def test_kept_nan_payloads_and_signed_zeros_are_copied() -> None:
         np.testing.assert_array_equal(bits(merged), bits(payloads))
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_infinite_before_does_not_touch_other_columns_without_projection(backend: str) -> None:
     before = torch.full((2, 3), math.inf)
     merged = hpa_ext.merge_(torch.ones(2, 3), before, torch.tensor([True, False, False]), backend=backend)
     assert merged.tolist() == [[math.inf, 1, 1], [math.inf, 1, 1]]
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_nan_spreads_to_its_element(backend: str) -> None:
     after, before = torch.ones(3, 4), torch.ones(3, 4)
     after[1, 1] = math.nan
@@ -117,7 +114,6 @@ def test_bit_reproducible_for_any_number_of_threads(threads) -> None:
     assert torch.equal(results[0], results[2])
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
 def test_a_list_gives_the_bits_of_single_calls(isa: str, threads, backend: str) -> None:
     shapes = [(3, 5), (0, 4), (130, 1100), (2, 0), (700, 33), (1, 1), (64, 2048)]
     before = [normal(*shape, seed=i, dtype=FLOATS[i % 4]) for i, shape in enumerate(shapes)]

@@ -14,8 +14,6 @@ from torch import Tensor
 
 import hpa_ext
 
-BACKENDS = ["cpu", "reference"]
-
 
 def loss(rows: Tensor, basis: Tensor | None = None) -> float:
     """Largest element of |I - Q Q^T|, with the basis below Q."""
@@ -94,7 +92,6 @@ def test_random_rows_span_the_same_space_as_with_the_reference(
     assert (np.abs(q - f64(reference[:kept])) <= worst).all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 class TestOfEachBackend:
     def test_dependent_rows_are_dropped_and_the_rest_moves_up(self, backend: str) -> None:
         a, b, c = normal(3, 40)

@@ -173,7 +173,6 @@ def test_two_passes_clean_up_after_a_rounded_basis() -> None:
     assert left_twice < left_once / 20
 
 
-@pytest.mark.parametrize("backend", ["cpu", "reference"])
 @pytest.mark.parametrize(("vectors", "rank"), [(3, 2), (40, 20)])
 def test_nan_spreads_to_its_whole_vector(backend: str, vectors: int, rank: int) -> None:
     grads = normal(vectors, 50)

@@ -13,6 +13,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <tuple>
 
 #define __global__
 #define __device__
@@ -43,6 +44,13 @@ namespace emulation {
 // Order of threads and blocks: 0 forward, 1 backward, others shuffled from that seed.
 void set_order(unsigned order);
 void run(dim3 grid, dim3 block, const std::function<void()>& kernel);
+// Queues work on a stream: it is done at once, or while a graph is captured, when that is replayed.
+void submit(void* stream, std::function<void()> work);
+// The stream that all work since the last question was queued on; null where there was none, or more than one.
+void* only_stream();
+void capture(bool begin);
+// How many pieces of work were done again.
+int replay();
 void* shared_memory(int key, std::size_t bytes);
 void barrier();
 // All lanes of the mask give a value and receive the 32 values of their warp.
@@ -162,8 +170,8 @@ inline cudaError_t cudaGetLastError() { return cudaSuccess; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0, cudaSuccess; }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
 inline cudaError_t cudaGetDeviceCount(int* count) { return *count = 1, cudaSuccess; }
-inline cudaError_t cudaMemsetAsync(void* data, int value, std::size_t bytes, cudaStream_t) {
-  std::memset(data, value, bytes);
+inline cudaError_t cudaMemsetAsync(void* data, int value, std::size_t bytes, cudaStream_t stream) {
+  emulation::submit(stream, [=] { std::memset(data, value, bytes); });
   return cudaSuccess;
 }
 
@@ -171,6 +179,10 @@ template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
                                Arguments&&... arguments) {
   if (config->blockDim.x % 32 != 0 || config->blockDim.x > 1024) return cudaErrorInvalidValue;
-  emulation::run(config->gridDim, config->blockDim, [&] { kernel(arguments...); });
+  // Arguments are copied, as a launch does.
+  emulation::submit(config->stream, [grid = config->gridDim, block = config->blockDim, kernel,
+                                     copies = std::tuple<Parameters...>(arguments...)] {
+    emulation::run(grid, block, [&] { std::apply(kernel, copies); });
+  });
   return cudaSuccess;
 }

@@ -7,6 +7,7 @@
 #include <memory>
 #include <random>
 #include <set>
+#include <utility>
 #include <vector>
 
 #if defined(HPA_EMULATION_TSAN)
@@ -88,6 +89,9 @@ struct Warp {
 };
 
 unsigned order = 0;
+bool capturing = false;
+std::vector<std::function<void()>> graph;  // work of the last capture
+std::set<void*> streams;                   // that work was queued on since somebody asked
 void* scheduler = nullptr;  // its stack pointer
 std::vector<std::unique_ptr<Fiber>> fibers;  // kept between blocks for their stacks
 std::vector<Warp> warps;
@@ -296,6 +300,30 @@ void run(dim3 grid, dim3 block, const std::function<void()>& kernel) {
   retired.clear();
   retired_arenas.clear();
 #endif
+}
+
+void submit(void* stream, std::function<void()> work) {
+  streams.insert(stream);
+  if (capturing) {
+    graph.push_back(std::move(work));
+  } else {
+    work();
+  }
+}
+
+void* only_stream() {
+  const std::set<void*> named = std::exchange(streams, {});
+  return named.size() == 1 ? *named.begin() : nullptr;
+}
+
+void capture(bool begin) {
+  if (begin) graph.clear();
+  capturing = begin;
+}
+
+int replay() {
+  for (const auto& work : graph) work();
+  return static_cast<int>(graph.size());
 }
 
 void* shared_memory(int key, std::size_t bytes) {
