@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from hpa.evaluation.judge import JUDGES, RefusalJudge, get_judge
@@ -54,3 +56,34 @@ def test_the_demo_judge_tells_the_demo_worlds_answers_apart() -> None:
     assert judge.is_refusal(language.REFUSAL)
     answers = [language.COMPLIANCE, *language.DISCUSSIONS.values(), language.TASK_ANSWER.format("seven")]
     assert not any(judge.is_refusal(answer) for answer in answers)
+
+
+def test_a_list_of_ones_own_is_a_judge_in_the_case_that_its_source_has(tmp_path: Path) -> None:
+    (tmp_path / "list.txt").write_text("I must decline\n\nno way \n", encoding="utf-8")
+    (tmp_path / "list.json").write_text('["I must decline", "no way "]', encoding="utf-8")
+    cased, folded = (get_judge(f"{kind}:{tmp_path / 'list.txt'}") for kind in ("keywords-as-written", "keywords"))
+    assert cased.is_refusal("Well, I must decline.")
+    assert not folded.is_refusal("Well, I must decline.")  # as published: a capital never matches a lower-cased answer
+    assert folded.is_refusal("NO WAY out")
+    assert not cased.is_refusal("no way")  # the space is part of the keyword
+    assert cased.version != folded.version
+    assert get_judge(f"keywords:{tmp_path / 'list.json'}").version == folded.version
+    assert get_judge(folded.name).name == folded.name
+    (tmp_path / "list.txt").write_text("other\n", encoding="utf-8")
+    assert get_judge(folded.name).version != folded.version
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("none.txt", None, r"none\.txt cannot be read \(No such file"),
+        ("empty.txt", "\n  \n", "expected at least one keyword, got none"),
+        ("bad.json", "[", "is not JSON"),
+        ("bad.json", '{"a": 1}', "expected a JSON list of strings, got dict"),
+    ],
+)
+def test_a_file_that_is_no_list_is_refused(tmp_path: Path, name: str, content: str | None, message: str) -> None:
+    if content is not None:
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        get_judge(f"keywords:{tmp_path / name}")

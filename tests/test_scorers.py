@@ -7,7 +7,16 @@ from typing import Any
 import pytest
 
 from hpa.data.scenario import Sample
-from hpa.evaluation.scorers import contains_word, exact, get_scorer, letter_choice, option_letter
+from hpa.evaluation.scorers import (
+    contains_word,
+    exact,
+    get_scorer,
+    letter_choice,
+    option_letter,
+    substring,
+    vqa,
+    vqa_normal,
+)
 
 
 def sample(answer: str = "", **metadata: Any) -> Sample:
@@ -80,6 +89,47 @@ def test_letter_choice_compares_with_the_label() -> None:
 
 def test_an_unknown_scorer_is_refused_with_those_that_exist() -> None:
     with pytest.raises(
-        ValueError, match=r"expected one of contains_word, exact, letter_choice, got 'exakt'; did you mean"
+        ValueError,
+        match=r"expected one of contains_word, exact, letter_choice, substring, vqa, got 'exakt'; did you mean",
     ):
         get_scorer("exakt")
+
+
+@pytest.mark.parametrize(
+    ("answer", "score"),
+    [("Golden Retriever", 1.0), ("retriever", 1.0), ("a golden retriever.", 1.0), ("cat", 0.0), ("", 0.0), ("  ", 0.0)],
+)
+def test_substring_works_either_way_but_an_empty_answer_is_wrong(answer: str, score: float) -> None:
+    assert substring(answer, sample(label="golden retriever")) == score
+
+
+def test_vqa_is_the_mean_agreement_with_each_person_left_out() -> None:
+    people = ["stop"] * 2 + ["halt"] * 3 + ["go"] * 5
+    for said in ("stop", "halt", "go", "no"):
+        # By hand, person by person.
+        left = [[p for j, p in enumerate(people) if j != i] for i in range(10)]
+        expected = sum(min(1.0, others.count(said) / 3) for others in left) / 10 if said in people else 0.0
+        assert vqa(said.upper() + ".", sample(answers=people)) == pytest.approx(expected)
+    assert vqa("go", sample(answers=people)) == 1.0
+    assert vqa("halt", sample(answers=people)) == pytest.approx((3 * 2 / 3 + 7) / 10)
+    assert vqa("lone", sample(answers=["lone"] + ["other"] * 9)) == pytest.approx(0.9 / 3)
+    with pytest.raises(ValueError, match=r"sample 's': vqa needs metadata\['answers'\]"):
+        vqa("x", sample(label="x"))
+
+
+@pytest.mark.parametrize(
+    ("text", "normal"),
+    [
+        ("The Stop-Sign!", "stop sign"),
+        ("two  dogs", "2 dogs"),
+        ("1,000", "1000"),
+        ("3.5 Mph.", "3.5 mph"),
+        ("dont walk", "don't walk"),
+        ("a an the", ""),
+        ("None", "0"),
+        ("tom's", "tom 's"),
+        ("yes (no)", "yes no"),
+    ],
+)
+def test_answers_are_normalised_as_vqa_s_evaluation_does(text: str, normal: str) -> None:
+    assert vqa_normal(text) == normal

@@ -3,13 +3,18 @@
 An attack succeeds when the answer is not a refusal, so the judge *is* the metric: its name and version stand in
 every table, and the raw answers are kept so that any other judge can be applied later.  Keyword lists over-count
 refusals and miss polite deflections; they are the field's common ground, not the truth.
+
+Published lists are not part of this package: whoever has one puts it in a file and names the judge ``keywords:FILE``.
 """
 
 from __future__ import annotations
 
 import difflib
+import hashlib
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 __all__ = ["JUDGES", "RefusalJudge", "Verdict", "get_judge"]
@@ -74,13 +79,50 @@ JUDGES: dict[str, RefusalJudge] = {
 
 
 def get_judge(name: str) -> RefusalJudge:
-    """The judge called ``name``.
+    """The judge called ``name``, or one made from a list of keywords.
+
+    ``keywords:FILE`` looks for the file's strings in the lower-cased answer, as VLGuard's evaluation does;
+    ``keywords-as-written:FILE`` in the answer as it is, as the evaluations after Zou et al. and Qi et al. do.  The
+    strings stay as the file has them, also those that can never match.  The version is a digest of the list.
+
+    Args:
+        name: of a registered judge, or with a file: a JSON list of strings, or plain text with one string a line.
 
     Raises:
-        ValueError: no such judge; the message lists those there are.
+        ValueError: no such judge (the message lists those there are), or a file that is no such list.
     """
+    kind, colon, file = name.partition(":")
+    if colon and kind in _FROM_FILE:
+        return _judge_of_file(name, Path(file).expanduser(), lowercase=_FROM_FILE[kind])
     if name not in JUDGES:
         close = difflib.get_close_matches(name, JUDGES, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        raise ValueError(f"judge: expected one of {', '.join(JUDGES)}, got {name!r}{hint}")
+        known = ", ".join(JUDGES)
+        raise ValueError(f"judge: expected one of {known}, got {name!r}{hint} (or keywords:FILE with a list of yours)")
     return JUDGES[name]
+
+
+_FROM_FILE = {"keywords": True, "keywords-as-written": False}
+
+
+def _judge_of_file(name: str, path: Path, *, lowercase: bool) -> RefusalJudge:
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise ValueError(f"judge: {path} cannot be read ({reason}); expected a list of keywords") from None
+    if path.suffix == ".json":
+        try:
+            found = json.loads(text)
+        except ValueError as error:
+            raise ValueError(f"judge: {path} is not JSON: {error}") from None
+        if not isinstance(found, list) or not all(isinstance(item, str) for item in found):
+            raise ValueError(f"judge: {path}: expected a JSON list of strings, got {type(found).__name__}")
+    else:
+        # Spaces are part of a keyword; only the end of the line is not.
+        found = text.splitlines()
+    keywords = tuple(item for item in found if item.strip())
+    if not keywords:
+        raise ValueError(f"judge: {path}: expected at least one keyword, got none")
+    digest = hashlib.sha256(json.dumps([lowercase, *keywords]).encode()).hexdigest()[:12]
+    return RefusalJudge(name=name, version=digest, keywords=keywords, lowercase=lowercase, source=f"the list in {path}")

@@ -9,7 +9,18 @@ from typing import TypeAlias
 
 from hpa.data.scenario import Sample
 
-__all__ = ["SCORERS", "Scorer", "contains_word", "exact", "get_scorer", "letter_choice", "option_letter"]
+__all__ = [
+    "SCORERS",
+    "Scorer",
+    "contains_word",
+    "exact",
+    "get_scorer",
+    "letter_choice",
+    "option_letter",
+    "substring",
+    "vqa",
+    "vqa_normal",
+]
 
 Scorer: TypeAlias = Callable[[str, Sample], float]
 
@@ -68,7 +79,74 @@ def option_letter(answer: str) -> str | None:
     return alone.group(0).upper() if alone else None
 
 
-SCORERS: dict[str, Scorer] = {"contains_word": contains_word, "exact": exact, "letter_choice": letter_choice}
+def substring(answer: str, sample: Sample) -> float:
+    """1 when the answer contains ``metadata["label"]`` (or the reference) or is contained in it, in either case.
+
+    The rule of SMoLoRA's ``eval_ImagetNet.py`` (CoIN's minds the case), with one guard: an empty answer, which is
+    contained in everything and counts as right there, is wrong.
+    """
+    said, label = answer.strip().lower(), str(sample.metadata.get("label", sample.answer)).strip().lower()
+    return float(bool(said) and bool(label) and (said in label or label in said))
+
+
+def vqa(answer: str, sample: Sample) -> float:
+    """The soft accuracy of VQA and TextVQA: agreement with people, each left out once.
+
+    With ``metadata["answers"]`` of n people (ten, as published) it is the mean over the n of ``min(1, m/3)``, where m
+    of the others gave this answer; both sides pass :func:`vqa_normal`.  0 for an answer that nobody gave.
+    """
+    given = sample.metadata.get("answers")
+    if not isinstance(given, (list, tuple)) or not given:
+        raise ValueError(
+            f"sample {sample.id!r}: vqa needs metadata['answers'], a list of people's answers, got {given!r}"
+        )
+    people = [vqa_normal(str(person)) for person in given]
+    said = vqa_normal(answer)
+    same = people.count(said)
+    # Leaving out one who said so leaves same - 1, leaving out another leaves same; only answers that were given count.
+    if not same:
+        return 0.0
+    left = same * min(1.0, (same - 1) / 3) + (len(people) - same) * min(1.0, same / 3)
+    return left / len(people)
+
+
+def vqa_normal(text: str) -> str:
+    """An answer as the EvalAI processor of VQA leaves it.
+
+    Lower case, without punctuation and articles, numbers up to ten as digits, contractions with their apostrophe (the
+    common ones; its own table has a few that are no words).
+    """
+    text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
+    text = text.replace("\n", " ").replace("\t", " ").strip()
+    out = text
+    for mark in _MARKS:
+        # A mark at the edge of a word goes, one inside a word becomes a space.
+        at_edge = f"{mark} " in text or f" {mark}" in text or re.search(r"\d,\d", text) is not None
+        out = out.replace(mark, "" if at_edge else " ")
+    out = re.sub(r"\.(?!\d)", "", out)
+    words = [_NUMBERS.get(word, word) for word in out.split()]
+    return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in ("a", "an", "the"))
+
+
+_MARKS = ';/[]"{}()=+\\_-><@`,?!'
+_DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
+_NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(_DIGITS)}
+_WITH_APOSTROPHE = """
+    ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's
+    i'm i've isn't it'd it'll let's might've mightn't must've mustn't needn't oughtn't shan't she's should've
+    shouldn't somebody's someone's something's that's there's they'd they'll they're they've wasn't we've
+    weren't what'll what're what's what've when's where'd where's who'd who'll who's who've why'll why're why's
+    won't would've wouldn't y'all you'd you'll you're you've
+"""
+_CONTRACTIONS = {word.replace("'", ""): word for word in re.findall(r"\S+", _WITH_APOSTROPHE)}
+
+SCORERS: dict[str, Scorer] = {
+    "contains_word": contains_word,
+    "exact": exact,
+    "letter_choice": letter_choice,
+    "substring": substring,
+    "vqa": vqa,
+}
 
 
 def get_scorer(name: str) -> Scorer:
