@@ -12,13 +12,13 @@
 // Design       Selection, not sorting: nth_element over values is linear in cols, and the rest is a few passes over
 //              vectors that fit the cache.  One thread.  Bounded by the 2 * cols logarithms of the C library, which must
 //              be rounded like the other backends' ones: of about 27 microseconds at 1,000 columns 10 (Zen 3).
+#include "selection.h"
+
 #include <algorithm>
+#include <bit>
 #include <cmath>
-#include <functional>
-#include <iterator>
 #include <limits>
-#include <numeric>
-#include <vector>
+#include <utility>
 
 #include "buffer.h"
 #include "hpa/check.h"
@@ -26,10 +26,22 @@
 #include "rows.h"
 
 namespace hpa {
+
+SelectionScratch::SelectionScratch(std::int64_t cols)
+    : phi(cols),
+      keys(cols),
+      rest(cols),
+      safety_focus(cols),
+      task_focus(cols),
+      both(cols),
+      chosen(cols),
+      also_chosen(cols) {}
+
 namespace {
 
-using Scores = std::vector<double>;
-using Columns = std::vector<std::int64_t>;
+constexpr std::uint64_t kSign = std::uint64_t{1} << 63;
+constexpr int kBinBits = 8;             // 256 bins: their counts stay in the first-level cache
+constexpr std::int64_t kFewKeys = 24;  // sorted by insertion
 
 // A sum carried in two doubles (Knuth's exact addition), about 106 bits.
 class Sum {
@@ -46,59 +58,89 @@ class Sum {
   double high_ = 0, low_ = 0;
 };
 
-Scores read_scores(const char* name, const TensorView& tensor) {
-  Scores scores(static_cast<std::size_t>(tensor.shape[0]));
-  const RowsView view(tensor, 0);
-  const isa::Kernels<double>& kernels = isa::active().f64;
-  const double* read = view.read(kernels, 0, 0, view.length(), scores.data());
-  if (read != scores.data()) std::copy(read, read + scores.size(), scores.data());
-  const auto is_good = [](double score) { return 0 <= score && score <= std::numeric_limits<double>::max(); };
-  check(std::all_of(scores.begin(), scores.end(), is_good), name, "expected finite, non-negative scores");
-  return scores;
+// Unsigned numbers in the order of the scores; adding zero makes one zero of two.
+std::uint64_t as_key(double score) {
+  const auto bits = std::bit_cast<std::uint64_t>(score + 0.0);
+  return (bits & kSign) != 0 ? ~bits : bits | kSign;
 }
 
-// The `count` best of `columns`, which ascend, by (-score, index); ascending.  Values are selected, not indices: the score
-// that the last of them has says which columns are in, but for those that share it, of which the first ones are.
-Columns best_of(const Columns& columns, const Scores& scores, std::int64_t count) {
-  if (count >= static_cast<std::int64_t>(columns.size())) return columns;
-  Columns chosen;
-  if (count <= 0) return chosen;
-  Scores values(columns.size());
-  for (std::size_t i = 0; i < columns.size(); ++i) values[i] = scores[static_cast<std::size_t>(columns[i])];
-  Scores ranked = values;
-  std::nth_element(ranked.begin(), ranked.begin() + (count - 1), ranked.end(), std::greater<>());
-  const double last = ranked[static_cast<std::size_t>(count - 1)];
-  std::int64_t shared = count - std::count_if(values.begin(), values.end(), [&](double value) { return value > last; });
-  chosen.reserve(static_cast<std::size_t>(count));
-  for (std::size_t i = 0; i < columns.size(); ++i) {
-    if (values[i] > last || (values[i] == last && shared-- > 0)) chosen.push_back(columns[i]);
+double as_score(std::uint64_t key) { return std::bit_cast<double>((key & kSign) != 0 ? key & ~kSign : ~key); }
+
+// The count-th largest of the keys, 1 <= count <= size: bins cut what is left of their range in 256, until few are left.
+// No branch depends on a key.  Both arrays are overwritten.
+std::uint64_t nth_largest(std::uint64_t* keys, std::uint64_t* rest, std::int64_t size, std::int64_t count) {
+  while (size > kFewKeys) {
+    std::uint64_t low = keys[0], high = keys[0];
+    for (std::int64_t i = 1; i < size; ++i) {
+      low = std::min(low, keys[i]);
+      high = std::max(high, keys[i]);
+    }
+    if (low == high) return low;
+    const int shift = std::max(0, static_cast<int>(std::bit_width(high - low)) - kBinBits);
+    std::int64_t bins[1 << kBinBits] = {};
+    for (std::int64_t i = 0; i < size; ++i) ++bins[(keys[i] - low) >> shift];
+    std::uint64_t bin = (high - low) >> shift;
+    for (; count > bins[bin]; --bin) count -= bins[bin];
+    std::int64_t left = 0;
+    for (std::int64_t i = 0; i < size; ++i) {
+      rest[left] = keys[i];
+      left += (keys[i] - low) >> shift == bin;
+    }
+    std::swap(keys, rest);
+    size = left;
   }
-  return chosen;
+  for (std::int64_t i = 1; i < size; ++i) {
+    const std::uint64_t key = keys[i];
+    std::int64_t place = i;
+    for (; place > 0 && keys[place - 1] < key; --place) keys[place] = keys[place - 1];
+    keys[place] = key;
+  }
+  return keys[count - 1];
 }
 
-Columns all_columns(std::size_t cols) {
-  Columns columns(cols);
-  std::iota(columns.begin(), columns.end(), 0);
-  return columns;
+std::int64_t count_of(const std::uint8_t* columns, std::int64_t cols) {
+  std::int64_t count = 0;
+  for (std::int64_t j = 0; j < cols; ++j) count += columns[j];
+  return count;
 }
 
-// Columns of ascending `a` that are, or are not, in ascending `b`.
-Columns common(const Columns& a, const Columns& b) {
-  Columns found;
-  std::set_intersection(a.begin(), a.end(), b.begin(), b.end(), std::back_inserter(found));
-  return found;
+// chosen = the `count` best of the columns `among` (null: of all) by (-score, index).  A score is selected, not columns:
+// the one that the last of them has; of those that share it the last ones go.
+void choose_best(std::uint8_t* chosen, const std::uint8_t* among, const double* scores, std::int64_t cols,
+                 std::int64_t count, const SelectionScratch& scratch) {
+  std::uint64_t* keys = scratch.keys.data();
+  std::int64_t size = cols;
+  if (among == nullptr) {
+    for (std::int64_t j = 0; j < cols; ++j) keys[j] = as_key(scores[j]);
+  } else {
+    size = 0;
+    for (std::int64_t j = 0; j < cols; ++j) {
+      keys[size] = as_key(scores[j]);
+      size += among[j];
+    }
+  }
+  if (count <= 0) {
+    std::fill(chosen, chosen + cols, std::uint8_t{0});
+    return;
+  }
+  const double last = count >= size ? -std::numeric_limits<double>::infinity()
+                                    : as_score(nth_largest(keys, scratch.rest.data(), size, count));
+  for (std::int64_t j = 0; j < cols; ++j) chosen[j] = scores[j] >= last;
+  if (among != nullptr) {
+    for (std::int64_t j = 0; j < cols; ++j) chosen[j] &= among[j];
+  }
+  std::int64_t excess = count_of(chosen, cols) - count;
+  for (std::int64_t j = cols - 1; excess > 0 && j >= 0; --j) {
+    const bool leaves = chosen[j] != 0 && scores[j] == last;
+    chosen[j] = leaves ? 0 : chosen[j];
+    excess -= leaves;
+  }
 }
 
-Columns difference(const Columns& a, const Columns& b) {
-  Columns found;
-  std::set_difference(a.begin(), a.end(), b.begin(), b.end(), std::back_inserter(found));
-  return found;
-}
-
-double mean_log_ratio(const Scores& safety, const Scores& task) {
+double mean_log_ratio(const double* safety, const double* task, std::int64_t cols) {
   Sum sum;
   std::int64_t count = 0;
-  for (std::size_t j = 0; j < safety.size(); ++j) {
+  for (std::int64_t j = 0; j < cols; ++j) {
     if (!(safety[j] > 0 && task[j] > 0)) continue;
     sum.add(std::log(safety[j]) - std::log(task[j]));
     ++count;
@@ -118,24 +160,75 @@ double choose_alpha(const SelectionOptions& options, double log_ratio) {
   return low;
 }
 
-Scores over_mean(const Scores& scores) {
+// What scores are divided by for their mean to be 1; 1 where it is zero.
+double mean_or_one(const double* scores, std::int64_t cols) {
   Sum sum;
-  for (const double score : scores) sum.add(score);
-  const double mean = scores.empty() ? 0.0 : sum.value() / static_cast<double>(scores.size());
-  Scores normalised = scores;
-  if (mean > 0) {
-    for (double& score : normalised) score /= mean;
-  }
-  return normalised;
+  for (std::int64_t j = 0; j < cols; ++j) sum.add(scores[j]);
+  const double mean = cols == 0 ? 0.0 : sum.value() / static_cast<double>(cols);
+  return mean > 0 ? mean : 1.0;
 }
 
-Scores balance(const Scores& safety, const Scores& task, double alpha) {
-  Scores phi(safety.size());
-  for (std::size_t j = 0; j < safety.size(); ++j) phi[j] = safety[j] - alpha * task[j];
-  return phi;
+// Copies the scores; false where one of them is not finite or negative.
+bool read_scores(const TensorView& tensor, double* scores) {
+  const RowsView view(tensor, 0);
+  const isa::Kernels<double>& kernels = isa::active().f64;
+  const double* read = view.read(kernels, 0, 0, view.length(), scores);
+  bool good = true;
+  for (std::int64_t j = 0; j < view.length(); ++j) {
+    scores[j] = read[j];
+    good &= 0 <= scores[j] && scores[j] <= std::numeric_limits<double>::max();
+  }
+  return good;
 }
 
 }  // namespace
+
+Selection select_columns(bool* mask, std::int64_t stride, const double* safety, const double* task, std::int64_t cols,
+                         const SelectionOptions& options, const SelectionScratch& scratch) {
+  using Mode = SelectionOptions::Mode;
+  std::uint8_t *safety_focus = scratch.safety_focus.data(), *task_focus = scratch.task_focus.data();
+  std::uint8_t *both = scratch.both.data(), *safety_only = task_focus;
+  choose_best(safety_focus, nullptr, safety, cols, options.focus, scratch);
+  choose_best(task_focus, nullptr, task, cols, options.focus, scratch);
+  for (std::int64_t j = 0; j < cols; ++j) {
+    both[j] = safety_focus[j] & task_focus[j];
+    safety_only[j] = safety_focus[j] & ~task_focus[j];
+  }
+
+  Selection result;
+  result.overlap = count_of(both, cols);
+  result.log_ratio = mean_log_ratio(safety, task, cols);
+  result.alpha = choose_alpha(options, result.log_ratio);
+
+  std::uint8_t *chosen = scratch.chosen.data(), *also_chosen = scratch.also_chosen.data();
+  std::int64_t left = options.keep;  // to be chosen from the overlap
+  std::fill(chosen, chosen + cols, std::uint8_t{0});
+  if (options.mode == Mode::eps) {
+    choose_best(chosen, nullptr, safety, cols, options.keep, scratch);
+    left = 0;
+  } else if (options.mode == Mode::full) {
+    const bool cap = options.overflow == SelectionOptions::Overflow::cap;
+    choose_best(chosen, safety_only, safety, cols, cap ? options.keep : cols, scratch);
+    left -= count_of(chosen, cols);
+  }
+  if (left > 0) {
+    const bool over_mean = options.phi_norm == SelectionOptions::PhiNorm::mean;
+    const double safety_mean = over_mean ? mean_or_one(safety, cols) : 1.0;
+    const double task_mean = over_mean ? mean_or_one(task, cols) : 1.0;
+    double* phi = scratch.phi.data();
+    for (std::int64_t j = 0; j < cols; ++j) phi[j] = safety[j] / safety_mean - result.alpha * (task[j] / task_mean);
+    choose_best(also_chosen, both, phi, cols, left, scratch);
+    for (std::int64_t j = 0; j < cols; ++j) chosen[j] |= also_chosen[j];
+  }
+
+  for (std::int64_t j = 0; j < cols; ++j) {
+    mask[j * stride] = chosen[j] != 0;
+    both[j] &= chosen[j];
+  }
+  result.kept_overlap = count_of(both, cols);
+  result.kept_safety_only = count_of(chosen, cols) - result.kept_overlap;
+  return result;
+}
 
 Selection balanced_mask(const TensorView& mask, const TensorView& safety, const TensorView& task,
                         const SelectionOptions& options) {
@@ -149,44 +242,11 @@ Selection balanced_mask(const TensorView& mask, const TensorView& safety, const 
   check(0 <= options.keep && options.keep <= options.focus && options.focus <= cols, "focus",
         "expected 0 <= keep <= focus <= cols");
 
-  const Scores eps = read_scores("safety", safety), zeta = read_scores("task", task);
-  const Columns columns = all_columns(eps.size());
-  const Columns safety_focus = best_of(columns, eps, options.focus), task_focus = best_of(columns, zeta, options.focus);
-  const Columns both = common(safety_focus, task_focus), safety_only = difference(safety_focus, task_focus);
-
-  Selection result;
-  result.overlap = static_cast<std::int64_t>(both.size());
-  result.log_ratio = mean_log_ratio(eps, zeta);
-  result.alpha = choose_alpha(options, result.log_ratio);
-  const Scores phi = options.phi_norm == SelectionOptions::PhiNorm::mean
-                         ? balance(over_mean(eps), over_mean(zeta), result.alpha)
-                         : balance(eps, zeta, result.alpha);
-
-  Columns from_safety_only, from_both;
-  switch (options.mode) {
-    case SelectionOptions::Mode::eps: {
-      const Columns chosen = best_of(columns, eps, options.keep);
-      from_both = common(chosen, both);
-      from_safety_only = difference(chosen, both);
-      break;
-    }
-    case SelectionOptions::Mode::phi: from_both = best_of(both, phi, options.keep); break;
-    case SelectionOptions::Mode::full: {
-      const bool cap = options.overflow == SelectionOptions::Overflow::cap;
-      from_safety_only = cap ? best_of(safety_only, eps, options.keep) : safety_only;
-      from_both = best_of(both, phi, options.keep - static_cast<std::int64_t>(from_safety_only.size()));
-      break;
-    }
-  }
-  result.kept_safety_only = static_cast<std::int64_t>(from_safety_only.size());
-  result.kept_overlap = static_cast<std::int64_t>(from_both.size());
-
-  auto* out = static_cast<bool*>(mask.data);
-  const std::int64_t stride = mask.stride[0];
-  for (std::int64_t j = 0; j < cols; ++j) out[j * stride] = false;
-  for (const std::int64_t j : from_safety_only) out[j * stride] = true;
-  for (const std::int64_t j : from_both) out[j * stride] = true;
-  return result;
+  const Buffer<double> eps(cols), zeta(cols);
+  check(read_scores(safety, eps.data()), "safety", "expected finite, non-negative scores");
+  check(read_scores(task, zeta.data()), "task", "expected finite, non-negative scores");
+  const SelectionScratch scratch(cols);
+  return select_columns(static_cast<bool*>(mask.data), mask.stride[0], eps.data(), zeta.data(), cols, options, scratch);
 }
 
 }  // namespace hpa
