@@ -23,6 +23,7 @@ __all__ = [
     "balanced_mask",
     "change_statistics",
     "declines",
+    "edit_",
     "inverse_diagonal",
     "merge_",
     "orthonormalize_",
@@ -58,6 +59,7 @@ accumulate_gram_ = _entry("accumulate_gram_")
 accumulate_importance_ = _entry("accumulate_importance_")
 balanced_mask = _entry("balanced_mask")
 change_statistics = _entry("change_statistics")
+edit_ = _entry("edit_")
 inverse_diagonal = _entry("inverse_diagonal")
 merge_ = _entry("merge_")
 orthonormalize_ = _entry("orthonormalize_")

@@ -589,9 +589,15 @@ def edit_(
     layer that is larger finds its last rows there. Bit-reproducible for any number of threads on one machine.
     ``torch.compile`` does not look inside: a call ends a graph.
     """
-    check_choice("projection", projection, ("fro", "off"))
     several = isinstance(after, (list, tuple))
     given = (after, before, safety_diagonal, task_diagonal, keep, focus)
+    edits: list[Edit] = []
+    if backend is None:
+        answer = direct.edit_(*given, projection, alpha, mode, alpha_mode, alpha_sign, overflow, phi_norm)
+        edits = [Edit(*chosen, ChangeStatistics._make(statistics)) for chosen, statistics in answer or ()]
+        if edits and len(edits) == (len(after) if several else 1):
+            return edits if several else edits[0]
+    check_choice("projection", projection, ("fro", "off"))
     items = _entries_to_edit(*given) if several else [given]
     layers = [_edit_arguments(f"[{i}]" if several else "", *item) for i, item in enumerate(items)]
     _check_selection(alpha, mode, alpha_mode, alpha_sign, overflow, phi_norm)
@@ -611,7 +617,8 @@ def edit_(
         "phi_norm": phi_norm,
         "backend": backend,
     }
-    edits = [edit for run in _runs_in_cache(layers) for edit in _edit_run(run, projection, options)]
+    for run in _runs_in_cache(layers[len(edits) :]):
+        edits += _edit_run(run, projection, options)
     return edits if several else edits[0]
 
 

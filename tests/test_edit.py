@@ -234,6 +234,21 @@ def test_weights_that_are_not_finite_are_refused_before_anything_is_written(name
     refused(r"^after\[1\]: the change of column 7 is not finite", **{name: weight})
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_layers_of_a_long_list_before_a_bad_one_are_edited_once(threads: int) -> None:
+    """A list longer than a cache is edited in parts; the bad layer ends the call where it stands."""
+    given = [layer(1024, 2100, torch.float32, seed) for seed in range(4)]
+    given[2]["after"][1000, 17] = math.nan
+    lists = {name: [one[name].clone() for one in given] for name in list(given[0])[:4]}
+    counts = {"keep": given[0]["keep"], "focus": given[0]["focus"]}
+    with hpa_ext.num_threads(threads), pytest.raises(ValueError, match=r"^after\[2\]: the change of column 17 is not"):
+        hpa_ext.edit_(**lists, **counts)
+    for i, one in enumerate(given):
+        if i < 2:
+            hpa_ext.edit_(**one)
+        assert torch.equal(lists["after"][i].nan_to_num(), one["after"].nan_to_num()), f"layer {i}"
+
+
 def test_sums_and_scores_that_are_not_finite_are_refused() -> None:
     wide = {name: [value] for name, value in layer(2, 3, torch.float64).items()}
     wide["before"][0].fill_(1e160)

@@ -1,4 +1,4 @@
-// Direct calls: the eight kernels for the arguments that nearly every call has, plain CPU tensors of torch.
+// Direct calls: the kernels for the arguments that nearly every call has, plain CPU tensors of torch.
 //
 // hpa_ext/ops.py asks here first.  An entry either does all of the work, or it has changed nothing and answers None ("it
 // declines"); then ops.py goes on to its checks, which say what is wrong or serve the unusual call.  So an entry has no
@@ -21,6 +21,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <deque>
 #include <limits>
 #include <new>
 #include <optional>
@@ -424,22 +425,28 @@ PyObject* direct_change_statistics(Arguments arguments) {
   return tuple_of(columns.release(), scalar(sums[0]), scalar(sums[1]), scalar(sums[2]));
 }
 
-// safety, task, keep, focus, alpha, mode, alpha_mode, alpha_sign, overflow, phi_norm
+// alpha, mode, alpha_mode, alpha_sign, overflow, phi_norm
+bool read(Arguments arguments, SelectionOptions& options) {
+  std::int64_t sign = 0;
+  PyObject* alpha = arguments[0];
+  if (!PyTuple_CheckExact(alpha) || PyTuple_GET_SIZE(alpha) != 2 || !read(PyTuple_GET_ITEM(alpha, 0), options.alpha0) ||
+      !read(PyTuple_GET_ITEM(alpha, 1), options.alpha1) || !read(arguments[1], options.mode, kSelectionModes) ||
+      !read(arguments[2], options.alpha_mode, kAlphaModes) || !read(arguments[3], sign) ||
+      !read(arguments[4], options.overflow, kOverflows) || !read(arguments[5], options.phi_norm, kPhiNorms)) {
+    return false;
+  }
+  options.alpha_sign = static_cast<int>(sign);
+  return sign == 1 || sign == -1;
+}
+
+// safety, task, keep, focus, and options
 PyObject* direct_balanced_mask(Arguments arguments) {
   TensorView safety, task;
   SelectionOptions options;
-  std::int64_t sign = 0;
-  PyObject* alpha = arguments[4];
   if (!read_float(arguments[0], safety) || !read_float(arguments[1], task) || safety.dims != 1 ||
-      !read(arguments[2], options.keep) || !read(arguments[3], options.focus) || !PyTuple_CheckExact(alpha) ||
-      PyTuple_GET_SIZE(alpha) != 2 || !read(PyTuple_GET_ITEM(alpha, 0), options.alpha0) ||
-      !read(PyTuple_GET_ITEM(alpha, 1), options.alpha1) || !read(arguments[5], options.mode, kSelectionModes) ||
-      !read(arguments[6], options.alpha_mode, kAlphaModes) || !read(arguments[7], sign) ||
-      !read(arguments[8], options.overflow, kOverflows) || !read(arguments[9], options.phi_norm, kPhiNorms)) {
+      !read(arguments[2], options.keep) || !read(arguments[3], options.focus) || !read(arguments + 4, options)) {
     return nullptr;
   }
-  if (sign != 1 && sign != -1) return nullptr;
-  options.alpha_sign = static_cast<int>(sign);
   Output mask(DType::boolean, safety.shape[0]);
   Selection result;
   if (!run(safety.numel(), [&](int) { result = balanced_mask(mask.view(), safety, task, options); })) return nullptr;
@@ -460,6 +467,93 @@ PyObject* direct_merge(Arguments arguments) {
   if (!is_writable(after) || !are_apart(after, {&before, &mask})) return nullptr;
   const auto kernel = [&](int threads) { merge(after, before, mask, projection, threads); };
   return run(after.numel(), kernel) ? written(arguments[0]) : nullptr;
+}
+
+// One count, or a list of them, for `size` layers.
+bool read_counts(PyObject* object, std::size_t size, std::vector<std::int64_t>& counts) {
+  counts.resize(size);
+  if (!is_list(object)) {
+    if (!read(object, counts[0])) return false;
+    std::fill(counts.begin(), counts.end(), counts[0]);
+    return true;
+  }
+  if (static_cast<std::size_t>(PySequence_Fast_GET_SIZE(object)) != size) return false;
+  for (std::size_t i = 0; i < size; ++i) {
+    if (!read(PySequence_Fast_GET_ITEM(object, static_cast<Py_ssize_t>(i)), counts[i])) return false;
+  }
+  return true;
+}
+
+// What Edit in ops.py is made of: its fields but the last, and those of the last.
+PyObject* edit_of(const EditLayer& layer, Output& mask, Output& column_change) {
+  const Selection& chosen = layer.selection;
+  const auto* sums = static_cast<const double*>(layer.scalars.data);
+  return tuple_of(
+      tuple_of(mask.release(), PyFloat_FromDouble(chosen.alpha), PyFloat_FromDouble(chosen.log_ratio),
+               PyLong_FromLongLong(chosen.overlap), PyLong_FromLongLong(chosen.kept_safety_only + chosen.kept_overlap),
+               PyLong_FromLongLong(chosen.kept_safety_only), PyLong_FromLongLong(chosen.kept_overlap),
+               PyFloat_FromDouble(layer.projection)),
+      tuple_of(column_change.release(), scalar(sums[0]), scalar(sums[1]), scalar(sums[2])));
+}
+
+constexpr Choice<bool> kAdjustments[] = {{"fro", true}, {"off", false}};
+
+// after, before, safety_diagonal, task_diagonal, keep, focus, projection, and options.  The answer is a list with an
+// entry for each layer that was edited: where it is shorter, ops.py goes on with the rest.
+PyObject* direct_edit(Arguments arguments) {
+  std::vector<TensorView> after, before, safety, task;
+  std::vector<std::int64_t> keep, focus;
+  SelectionOptions options;
+  bool adjusts = false;
+  if (!read_floats(arguments[0], after) || !read_floats(arguments[1], before) || !read_floats(arguments[2], safety) ||
+      !read_floats(arguments[3], task) || !read(arguments[6], adjusts, kAdjustments) || !read(arguments + 7, options)) {
+    return nullptr;
+  }
+  const bool several = is_list(arguments[0]);
+  const std::size_t count = after.size();
+  for (int i = 1; i < 4; ++i) {
+    if (is_list(arguments[i]) != several) return nullptr;
+  }
+  if (!several && (is_list(arguments[4]) || is_list(arguments[5]))) return nullptr;
+  if (before.size() != count || safety.size() != count || task.size() != count ||
+      !read_counts(arguments[4], count, keep) || !read_counts(arguments[5], count, focus) ||
+      !std::all_of(after.begin(), after.end(), is_writable) || !are_apart(after, {&before, &safety, &task})) {
+    return nullptr;
+  }
+  std::vector<EditLayer> layers(count);
+  std::deque<Output> masks, column_changes;
+  std::vector<double> scalars(3 * count);
+  for (std::size_t i = 0; i < count; ++i) {
+    if (after[i].dims != 2) return nullptr;
+    const std::int64_t cols = after[i].shape[1];
+    TensorView sums;
+    sums.data = scalars.data() + 3 * i;
+    sums.dtype = DType::f64;
+    sums.dims = 1;
+    sums.shape[0] = 3;
+    sums.stride[0] = 1;
+    layers[i] = {after[i], before[i], safety[i], task[i], column_changes.emplace_back(wide(after[i].dtype), cols).view(),
+                 sums, masks.emplace_back(DType::boolean, cols).view(), keep[i], focus[i]};
+  }
+  std::size_t done = 0;
+  if (!run(elements(after), [&](int threads) { done = edit(layers, options, adjusts, threads); }) || done == 0) {
+    return nullptr;
+  }
+  PyObject* edits = PyList_New(static_cast<Py_ssize_t>(done));
+  PyObject* changed = PyList_New(0);
+  bool good = edits != nullptr && changed != nullptr;
+  for (std::size_t i = 0; good && i < done; ++i) {
+    const auto place = static_cast<Py_ssize_t>(i);
+    PyObject* one = edit_of(layers[i], masks[i], column_changes[i]);
+    if (one != nullptr) PyList_SET_ITEM(edits, place, one);
+    PyObject* weight = several ? PySequence_Fast_GET_ITEM(arguments[0], place) : arguments[0];
+    good = one != nullptr && (!layers[i].is_changed() || PyList_Append(changed, weight) == 0);
+  }
+  PyObject* marked = good ? written(changed) : nullptr;
+  Py_XDECREF(changed);
+  if (marked == nullptr) Py_CLEAR(edits);
+  Py_XDECREF(marked);
+  return edits;
 }
 
 // One vector's slice as the matrix [1, *shape] that the kernel reads, its basis [rank, numel] as [rank, *shape].
@@ -558,6 +652,7 @@ PyMethodDef methods[] = {
     method<2, direct_change_statistics>("change_statistics"),
     method<10, direct_balanced_mask>("balanced_mask"),
     method<4, direct_merge>("merge_"),
+    method<13, direct_edit>("edit_"),
     method<3, direct_project>("project_"),
     method<3, direct_orthonormalize>("orthonormalize_"),
     {nullptr, nullptr, 0, nullptr},

@@ -1,4 +1,4 @@
-// The eight kernels.  Pointers, shapes and strides come in, results go into memory that the caller owns; no kernel
+// The kernels.  Pointers, shapes and strides come in, results go into memory that the caller owns; no kernel
 // knows of Python or torch.  `threads` is an upper bound: small work stays on one thread.  Results do not depend on it.
 //
 // All throw std::invalid_argument for arguments that do not fit and std::bad_alloc when scratch memory runs out, both
@@ -86,6 +86,21 @@ inline void merge(const TensorView& after, const TensorView& before, const Tenso
   const MergeLayer layer = {after, before, mask, projection};
   merge(std::span(&layer, 1), threads);
 }
+
+// The paper's whole rule on each layer: change_statistics, a selection by scores column_change / diagonal, merge with
+// projection = <after - before, before> / |before|^2 (0 where not `adjusts`).  `options` says all but the counts.
+struct EditLayer {
+  TensorView after, before, safety_diagonal, task_diagonal;  // diagonals [cols], positive and finite
+  TensorView column_change, scalars, mask;                   // results, as of the three functions
+  std::int64_t keep = 0, focus = 0;
+  Selection selection{};  // results
+  double projection = 0;
+
+  bool is_changed() const { return projection != 0 || selection.kept_safety_only + selection.kept_overlap > 0; }
+};
+// Answers how many layers were edited, from the first on: all, or fewer where a number was not finite or scratch memory ran
+// out later than at the first.  The others' weights are as they were.
+std::size_t edit(std::span<EditLayer> layers, const SelectionOptions& options, bool adjusts, int threads);
 
 // g -= sum_k <g, q_k> q_k for m vectors at once.  grads[i] is [m, *shape_i], basis[i] is [rank, *shape_i]: slice i of
 // every vector; dot products are summed over the list.
