@@ -594,7 +594,8 @@ def edit_(
     edits: list[Edit] = []
     if backend is None:
         answer = direct.edit_(*given, projection, alpha, mode, alpha_mode, alpha_sign, overflow, phi_norm)
-        edits = [Edit(*chosen, ChangeStatistics._make(statistics)) for chosen, statistics in answer or ()]
+        if answer is not None:
+            edits = [Edit(*chosen, ChangeStatistics._make(statistics)) for chosen, statistics in answer]
         if edits and len(edits) == (len(after) if several else 1):
             return edits if several else edits[0]
     check_choice("projection", projection, ("fro", "off"))

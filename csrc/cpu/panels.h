@@ -1,7 +1,6 @@
 // Dense algebra on packed panels, shared by the kernels that multiply matrices.
 //
-// A panel holds `panel` lanes of an operand side by side, [depth][panel], padded with zeros; the inner loop `update`
-// multiplies two panels.  One packing serves both sides of a product, which a symmetric product uses: it packs once.
+// A panel holds `panel` lanes of an operand side by side, [depth][panel], padded with zeros.
 #pragma once
 
 #include <algorithm>

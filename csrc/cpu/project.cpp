@@ -2,17 +2,18 @@
 //
 // Arithmetic   float32, or float64 where any argument is.  Dot products: float32 over at most 2048 elements, float64
 //              over blocks and over the list.  g is rounded to its storage dtype once a pass.
-// Bytes moved  Few vectors: grads read twice and written once, basis read twice in its own dtype, both the minimum for a
-//              dot product of the whole that must be finished before it is used.  Many vectors: groups of rows read the
-//              basis twice each, against 2 * rank multiply-adds an element.
+// Bytes moved  Few vectors, or a large basis: grads read twice and written once, basis read twice in its own dtype, both the
+//              minimum for a dot product of the whole that must be finished before it is used.  Many vectors: groups of
+//              48 read the basis twice each, from a cache, against 2 * rank multiply-adds an element.
 // Bound        Few vectors: reading the basis.  Zen 3, one thread under load, float32: 15-17 GB/s from memory, where a
 //              plain read reached 16.4-16.7; 55 GB/s from the third-level cache (a basis of 2 MB) and 44 from the second
-//              (256 KB).  bfloat16: 31-35 and 24 GB/s.
-// Design       Two loops, chosen by shape.  Few vectors or a small basis: eight rows of the basis at a time meet a block
+//              (256 KB).  bfloat16: 31-35 and 24 GB/s.  Many vectors: multiply-adds, and memory for the grads: rank 64,
+//              4096 vectors of 4096, 2 threads: 105 GF/s (float32) and 93 (bfloat16) of some 150.
+// Design       Two loops, chosen by shape.  Few vectors or a large basis: eight rows of the basis at a time meet a block
 //              of the vector that stays in a cache; 16-bit rows are widened in registers.  The second pass goes
-//              backwards and starts on what the first one left in the caches.  Many vectors and a large basis: two
-//              products of packed panels for each group of vectors, which needs nothing from other groups.  Owners and
-//              order of sums are fixed by shape: the result does not depend on the number of threads.
+//              backwards and starts on what the first one left in the caches.  Many vectors: two products of matrices
+//              for each group of vectors, which needs nothing from other groups.  Owners and order of sums are fixed by
+//              shape: the result does not depend on the number of threads.
 #include <algorithm>
 #include <vector>
 
@@ -26,15 +27,18 @@
 namespace hpa {
 namespace {
 
-constexpr std::int64_t kBlock = 8192;        // elements of a row read in one go: long enough for the prefetchers
-constexpr std::int64_t kSum = 2048;          // elements of a sum in T
-constexpr std::int64_t kVectors = 8;         // vectors that share a reading of the basis
-constexpr std::int64_t kGroups = 512;        // most groups of blocks over which partial sums are kept
-constexpr std::int64_t kManyVectors = 32;    // from here on, with a basis of
-constexpr std::int64_t kLargeRank = 16;      // this rank or more, panels pay
-constexpr std::int64_t kGroupPanels = 4;     // panels of vectors in a task
-constexpr std::int64_t kColumns = 256;       // columns updated at a time
-constexpr std::int64_t kGrain = 256 * 1024;  // multiply-adds worth a thread
+constexpr std::int64_t kBlock = 8192;           // elements of a row read in one go: long enough for the prefetchers
+constexpr std::int64_t kSum = 2048;             // elements of a sum in T
+constexpr std::int64_t kVectors = 8;            // vectors that share a reading of the basis
+constexpr std::int64_t kGroups = 512;           // most groups of blocks over which partial sums are kept
+constexpr std::int64_t kManyVectors = 32;       // from here on, with a basis of
+constexpr std::int64_t kLargeRank = 16;         // this rank or more, products of matrices pay
+constexpr std::int64_t kCachedBasis = 2 << 20;  // and no more bytes than a cache serves again and again
+constexpr std::int64_t kFewestTasks = 8;        // of groups
+constexpr std::int64_t kGroup = 48;             // of so many vectors at most
+constexpr std::int64_t kSpan = 448;             // most elements of a row in a cache, but fewer where
+constexpr std::int64_t kOperand = 1 << 17;      // the basis would take more bytes
+constexpr std::int64_t kGrain = 256 * 1024;     // multiply-adds worth a thread
 
 struct Slices {
   std::vector<RowsView> grads, basis;
@@ -195,37 +199,10 @@ class Stream {
   Buffer<T> vectors_, rows_;
 };
 
-// ---- Many vectors: panels ----
+// ---- Many vectors: two products of matrices ----
 
-// Packs `count` rows from `first` on into panels [depth][panel], lane = row.
-template <class T>
-void pack_rows(const isa::Kernels<T>& kernels, const RowsView& view, std::int64_t first, std::int64_t count,
-               const Piece& piece, T* panels, T* scratch) {
-  const std::int64_t p = kernels.panel;
-  for (std::int64_t lane = 0; lane < ceil_div(count, p) * p; ++lane) {
-    T* out = panels + lane / p * piece.count * p + lane % p;
-    const T* values = nullptr;
-    if (lane < count) values = view.read(kernels, first + lane, piece.start, piece.count, scratch);
-    for (std::int64_t d = 0; d < piece.count; ++d) out[d * p] = values == nullptr ? T(0) : values[d];
-  }
-}
-
-// Packs rows [first, first + depth) of the basis into panels [depth][panel], lane = element of the piece.
-template <class T>
-void pack_elements(const isa::Kernels<T>& kernels, const RowsView& view, std::int64_t first, std::int64_t depth,
-                   const Piece& piece, T* panels, T* scratch) {
-  const std::int64_t p = kernels.panel;
-  for (std::int64_t d = 0; d < depth; ++d) {
-    const T* values = view.read(kernels, first + d, piece.start, piece.count, scratch);
-    for (std::int64_t at = 0; at < piece.count; at += p) {
-      T* out = panels + at / p * depth * p + d * p;
-      const std::int64_t width = std::min(p, piece.count - at);
-      std::copy(values + at, values + at + width, out);
-      std::fill(out + width, out + p, T(0));
-    }
-  }
-}
-
+// A task takes a group of vectors through both products.  What they multiply is copied, as T, next to each other in the
+// second-level cache: rows as they lie in memory are often a power of two apart, and then compete for a few of its sets.
 template <class T>
 class Blocked {
  public:
@@ -233,89 +210,103 @@ class Blocked {
       : kernels_(isa::active().kernels<T>()),
         slices_(slices),
         p_(kernels_.panel),
-        group_(kGroupPanels * p_),
-        rank_pad_(ceil_div(slices.rank, p_) * p_),
-        columns_pad_(ceil_div(kColumns, p_) * p_),
-        deep_(cut(slices, kDepth)),
-        wide_(cut(slices, kColumns)),
+        strip_(kernels_.strip),
+        group_(ceil_div(std::clamp(ceil_div(slices.vectors, kFewestTasks), kManyVectors / 2, kGroup), strip_) * strip_),
+        span_(std::clamp(kOperand / (slices.rank * static_cast<std::int64_t>(sizeof(T))) / p_, std::int64_t{2},
+                         kSpan / p_) *
+              p_),
+        pitch_(span_ + 64 / static_cast<std::int64_t>(sizeof(T))),
+        pieces_(cut(slices, span_)),
         tasks_(ceil_div(slices.vectors, group_)),
         threads_(useful_threads(slices.vectors * slices.rank * slices.length, kGrain, threads)),
-        sums_(threads_ * group_ * rank_pad_),
-        product_(threads_ * group_ * std::max(rank_pad_, columns_pad_)),
-        left_(threads_ * group_ * std::max(kDepth, rank_pad_)),
-        right_(threads_ * std::max(rank_pad_ * kDepth, columns_pad_ * rank_pad_)),
-        row_(threads_ * std::max(kDepth, kColumns)) {}
+        products_(threads_ * slices.rank * group_),
+        strips_(threads_ * slices.rank * group_),
+        vectors_(threads_ * group_ * pitch_),
+        basis_(threads_ * slices.rank * pitch_) {}
 
   void run() {
     parallel_for(tasks_, threads_, [&](std::int64_t task, int thread) {
       const std::int64_t first = task * group_, count = std::min(group_, slices_.vectors - first);
-      double* sums = sums_.data() + thread * group_ * rank_pad_;
-      T* product = product_.data() + thread * group_ * std::max(rank_pad_, columns_pad_);
-      T* left = left_.data() + thread * group_ * std::max(kDepth, rank_pad_);
-      T* right = right_.data() + thread * std::max(rank_pad_ * kDepth, columns_pad_ * rank_pad_);
-      T* row = row_.data() + thread * std::max(kDepth, kColumns);
-      coefficients(first, count, sums, product, left, right, row);
-      subtract(first, count, sums, product, left, right, row);
+      double* products = products_.data() + thread * slices_.rank * group_;
+      T* strips = strips_.data() + thread * slices_.rank * group_;
+      T* vectors = vectors_.data() + thread * group_ * pitch_;
+      T* basis = basis_.data() + thread * slices_.rank * pitch_;
+      std::fill(products, products + slices_.rank * count, 0.0);
+      for (const Piece& piece : pieces_) multiply(piece, first, count, products, vectors, basis);
+      for (std::int64_t k = 0; k < slices_.rank; ++k) {
+        for (std::int64_t v = 0; v < ceil_div(count, strip_) * strip_; ++v) {
+          const T product = v < count ? static_cast<T>(products[k * count + v]) : T(0);
+          strips[(v / strip_ * slices_.rank + k) * strip_ + v % strip_] = product;
+        }
+      }
+      // Backwards: what was read last is still in a cache.
+      for (auto piece = pieces_.rbegin(); piece != pieces_.rend(); ++piece) {
+        subtract(*piece, first, count, strips, vectors, basis);
+      }
     });
   }
 
  private:
-  // product [rows, width] = A B^T for packed panels of `rows` and `width` lanes.
-  void multiply(const T* a, std::int64_t rows, const T* b, std::int64_t width, std::int64_t depth, T* product) const {
-    const std::int64_t pitch = ceil_div(width, p_) * p_;
-    std::fill(product, product + ceil_div(rows, p_) * p_ * pitch, T(0));
-    for (std::int64_t j = 0; j < width; j += p_) {
-      for (std::int64_t i = 0; i < rows; i += p_) {
-        kernels_.update(depth, a + i * depth, b + j * depth, T(1), p_, p_, p_, product + i * pitch + j, pitch);
-      }
+  // Rows [first, first + count) of a piece, padded with zeros to whole panels.
+  void copy_rows(const RowsView& view, std::int64_t first, std::int64_t count, const Piece& piece, T* to) const {
+    for (std::int64_t r = 0; r < count; ++r, to += pitch_) {
+      const T* values = view.read(kernels_, first + r, piece.start, piece.count, to);
+      if (values != to) std::copy(values, values + piece.count, to);
+      std::fill(to + piece.count, to + ceil_div(piece.count, p_) * p_, T(0));
     }
   }
 
-  void coefficients(std::int64_t first, std::int64_t count, double* sums, T* product, T* left, T* right, T* row) const {
-    std::fill(sums, sums + group_ * rank_pad_, 0.0);
-    for (const Piece& piece : deep_) {
-      pack_rows(kernels_, slices_.grads[piece.slice], first, count, piece, left, row);
-      pack_rows(kernels_, slices_.basis[piece.slice], 0, slices_.rank, piece, right, row);
-      multiply(left, count, right, slices_.rank, piece.count, product);
-      for (std::int64_t i = 0; i < count * rank_pad_; ++i) sums[i] += static_cast<double>(product[i]);
-    }
+  void multiply(const Piece& piece, std::int64_t first, std::int64_t count, double* products, T* vectors,
+                T* basis) const {
+    copy_rows(slices_.grads[piece.slice], first, count, piece, vectors);
+    copy_rows(slices_.basis[piece.slice], 0, slices_.rank, piece, basis);
+    kernels_.add_cross_products(slices_.rank, basis, count, vectors, pitch_, ceil_div(piece.count, p_) * p_, products);
   }
 
-  void subtract(std::int64_t first, std::int64_t count, const double* sums, T* product, T* left, T* right,
-                T* row) const {
-    for (std::int64_t lane = 0; lane < ceil_div(count, p_) * p_; ++lane) {
-      T* out = left + lane / p_ * slices_.rank * p_ + lane % p_;
-      for (std::int64_t k = 0; k < slices_.rank; ++k) {
-        out[k * p_] = lane < count ? static_cast<T>(sums[lane * rank_pad_ + k]) : T(0);
+  void subtract(const Piece& piece, std::int64_t first, std::int64_t count, const T* strips, T* vectors,
+                T* panels) const {
+    const RowsView &grads = slices_.grads[piece.slice], &basis = slices_.basis[piece.slice];
+    for (std::int64_t k = 0; k < slices_.rank; ++k) {  // panels [rank][panel]
+      const T* values = basis.read(kernels_, k, piece.start, piece.count, vectors);
+      for (std::int64_t at = 0; at < piece.count; at += p_) {
+        T* out = panels + (at / p_ * slices_.rank + k) * p_;
+        const std::int64_t width = std::min(p_, piece.count - at);
+        std::copy(values + at, values + at + width, out);
+        std::fill(out + width, out + p_, T(0));
       }
     }
-    for (const Piece& piece : wide_) {
-      const RowsView& grads = slices_.grads[piece.slice];
-      const std::int64_t pitch = ceil_div(piece.count, p_) * p_;
-      pack_elements(kernels_, slices_.basis[piece.slice], 0, slices_.rank, piece, right, row);
-      multiply(left, count, right, piece.count, slices_.rank, product);
-      for (std::int64_t v = 0; v < count; ++v) {
-        T* values = grads.read(kernels_, first + v, piece.start, piece.count, row);
-        const T* part = product + v * pitch;
-        for (std::int64_t j = 0; j < piece.count; ++j) values[j] -= part[j];
-        grads.write(kernels_, first + v, piece.start, piece.count, values);
+    const std::int64_t all = piece.count + p_;  // no triangle
+    for (std::int64_t v = 0; v < count; v += strip_) {
+      const std::int64_t rows = std::min(strip_, count - v);
+      const T* factors = strips + v * slices_.rank;
+      if (T* c = grads.in_place<T>(first + v, piece.start)) {
+        kernels_.multiply_run(slices_.rank, factors, panels, T(-1), rows, piece.count, all, c, grads.row_stride());
+        continue;
+      }
+      for (std::int64_t r = 0; r < rows; ++r) {
+        grads.read(kernels_, first + v + r, piece.start, piece.count, vectors + r * pitch_);
+      }
+      kernels_.multiply_run(slices_.rank, factors, panels, T(-1), rows, piece.count, all, vectors, pitch_);
+      for (std::int64_t r = 0; r < rows; ++r) {
+        grads.write(kernels_, first + v + r, piece.start, piece.count, vectors + r * pitch_);
       }
     }
   }
 
   const isa::Kernels<T>& kernels_;
   const Slices& slices_;
-  std::int64_t p_, group_, rank_pad_, columns_pad_;
-  std::vector<Piece> deep_, wide_;
+  std::int64_t p_, strip_, group_, span_, pitch_;
+  std::vector<Piece> pieces_;
   std::int64_t tasks_;
   int threads_;
-  Buffer<double> sums_;
-  Buffer<T> product_, left_, right_, row_;
+  Buffer<double> products_;
+  Buffer<T> strips_, vectors_, basis_;
 };
 
 template <class T>
 void project_slices(const Slices& slices, int passes, int threads) {
-  if (slices.vectors >= kManyVectors && slices.rank >= kLargeRank) {
+  const std::int64_t basis_bytes = slices.rank * slices.length * static_cast<std::int64_t>(sizeof(T));
+  if (slices.vectors >= kManyVectors && slices.rank >= kLargeRank && basis_bytes <= kCachedBasis) {
     Blocked<T> blocked(slices, threads);
     for (int pass = 0; pass < passes; ++pass) blocked.run();
   } else {

@@ -49,6 +49,7 @@ class RowsView {
   std::int64_t rows() const { return rows_; }
   std::int64_t length() const { return length_; }
   DType dtype() const { return dtype_; }
+  std::int64_t row_stride() const { return row_stride_; }
 
   // `count` vectors from `first` on.
   RowsView slice(std::int64_t first, std::int64_t count) const {

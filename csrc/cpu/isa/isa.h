@@ -77,9 +77,6 @@ struct Kernels {
   // ---- Dense algebra on packed panels: `panel` lanes side by side, [depth][panel]. ----
   std::int64_t panel;
 
-  // c[i][j] += alpha * sum_d a[d][i] b[d][j] for i < rows, j < cols and j <= i + reach.
-  void (*update)(std::int64_t depth, const T* a, const T* b, T alpha, std::int64_t rows, std::int64_t cols,
-                 std::int64_t reach, T* c, std::int64_t stride);
   // sums[lane] += sum_d lanes[d][lane]^2 in double.
   void (*add_lane_squares)(std::int64_t depth, const T* lanes, double* sums);
 
@@ -104,6 +101,9 @@ struct Kernels {
   // ---- A few long rows, `pitch` elements apart; `length` is a multiple of `panel`. ----
   // gram[i][j] += <row i, row j> for j <= i; gram [count][count].  Products are summed in T by lane, lanes in double.
   void (*add_row_products)(std::int64_t count, const T* rows, std::int64_t pitch, std::int64_t length, double* gram);
+  // products[i][j] += <row i of a, row j of b>, likewise; products [a_count][b_count].
+  void (*add_cross_products)(std::int64_t a_count, const T* a, std::int64_t b_count, const T* b, std::int64_t pitch,
+                             std::int64_t length, double* products);
   // rows = L^-1 rows by forward substitution, L lower triangular of order `count` in strips.
   void (*substitute_rows)(std::int64_t count, const T* strips, T* rows, std::int64_t pitch, std::int64_t length);
 

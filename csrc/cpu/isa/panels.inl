@@ -72,16 +72,6 @@ HPA_INLINE void add_tile(const V<T> sum[kDown][kAcross], T alpha, std::int64_t t
   }
 }
 
-template <class T>
-void update(std::int64_t depth, const T* a, const T* b, T alpha, std::int64_t rows, std::int64_t cols,
-            std::int64_t reach, T* c, std::int64_t stride) {
-  for (std::int64_t top = 0; top < rows; top += kDown) {
-    V<T> sum[kDown][kAcross];
-    tile<Elements<T>, kPanel<T>>(depth, a + top, b, sum);
-    add_tile<T>(sum, alpha, top, rows, cols, reach, c, stride);
-  }
-}
-
 // ---- Symmetric products ----
 
 // A panel in strips of kDown lanes, `pitch` elements apart, so that a tile reads whole cache lines of its rows.

@@ -1,4 +1,4 @@
-// Gram matrices of rows, and triangular systems whose unknowns are rows (orthonormalize_).  Part of kernels.inl, which
+// Products of rows (orthonormalize_, project_), and triangular systems whose unknowns are rows (orthonormalize_).  Part of kernels.inl, which
 // says how.
 //
 // The rows are many times longer than there are of them, and lie `pitch` elements apart in a cache.  Vectors run along
@@ -56,10 +56,13 @@ HPA_INLINE double wide_lanes_sum(V<float> value) {
   return lanes_sum<double>(wide[0] + wide[1]);
 }
 
-template <class T>
-void add_row_products(std::int64_t count, const T* rows, std::int64_t pitch, std::int64_t length, double* gram) {
-  for (std::int64_t top = 0; top < count; top += kTall * kTallTiles) {
-    for (std::int64_t left = 0; left < count && left < top + kTall * kTallTiles; left += kWide * kWideTiles) {
+// products[i][j] += <row i of a, row j of b>; where `lower`, for j <= i alone.
+template <class T, bool lower>
+HPA_INLINE void add_products(std::int64_t a_count, const T* a, std::int64_t b_count, const T* b, std::int64_t pitch,
+                             std::int64_t length, double* products) {
+  constexpr std::int64_t tall_rows = kTall * kTallTiles, wide_rows = kWide * kWideTiles;
+  for (std::int64_t top = 0; top < a_count; top += tall_rows) {
+    for (std::int64_t left = 0; left < b_count && !(lower && left >= top + tall_rows); left += wide_rows) {
       RowTile<T> tiles[kTallTiles][kWideTiles] = {};
       for (std::int64_t from = 0; from < length; from += kSpan<T>) {
         const std::int64_t to = from + kSpan<T> < length ? from + kSpan<T> : length;
@@ -67,11 +70,11 @@ void add_row_products(std::int64_t count, const T* rows, std::int64_t pitch, std
           const std::int64_t i = top + s * kTall;
           // Rows past the end are read as the last one and their sums left where they are.
           const T *tall[kTall], *wide[kWide];
-          for (int r = 0; r < kTall; ++r) tall[r] = rows + (i + r < count ? i + r : count - 1) * pitch;
+          for (int r = 0; r < kTall; ++r) tall[r] = a + (i + r < a_count ? i + r : a_count - 1) * pitch;
           for (int t = 0; t < kWideTiles; ++t) {
             const std::int64_t j = left + t * kWide;
-            if (i >= count || j >= count || j >= i + kTall) break;
-            for (int r = 0; r < kWide; ++r) wide[r] = rows + (j + r < count ? j + r : count - 1) * pitch;
+            if (i >= a_count || j >= b_count || (lower && j >= i + kTall)) break;
+            for (int r = 0; r < kWide; ++r) wide[r] = b + (j + r < b_count ? j + r : b_count - 1) * pitch;
             add_tile_products<T>(tall, wide, from, to, tiles[s][t]);
           }
         }
@@ -81,13 +84,26 @@ void add_row_products(std::int64_t count, const T* rows, std::int64_t pitch, std
           for (int r = 0; r < kTall; ++r) {
             for (int c = 0; c < kWide; ++c) {
               const std::int64_t i = top + s * kTall + r, j = left + t * kWide + c;
-              if (i < count && j <= i) gram[i * count + j] += wide_lanes_sum(tiles[s][t][r][c]);
+              if (i < a_count && j < b_count && !(lower && j > i)) {
+                products[i * b_count + j] += wide_lanes_sum(tiles[s][t][r][c]);
+              }
             }
           }
         }
       }
     }
   }
+}
+
+template <class T>
+void add_row_products(std::int64_t count, const T* rows, std::int64_t pitch, std::int64_t length, double* gram) {
+  add_products<T, true>(count, rows, count, rows, pitch, length, gram);
+}
+
+template <class T>
+void add_cross_products(std::int64_t a_count, const T* a, std::int64_t b_count, const T* b, std::int64_t pitch,
+                        std::int64_t length, double* products) {
+  add_products<T, false>(a_count, a, b_count, b, pitch, length, products);
 }
 
 template <class T>
