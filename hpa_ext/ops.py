@@ -595,7 +595,7 @@ def edit_(
     if backend is None:
         answer = direct.edit_(*given, projection, alpha, mode, alpha_mode, alpha_sign, overflow, phi_norm)
         if answer is not None:
-            edits = [Edit(*chosen, ChangeStatistics._make(statistics)) for chosen, statistics in answer]
+            edits = [Edit._make((*chosen, ChangeStatistics._make(numbers))) for chosen, numbers in answer]
         if edits and len(edits) == (len(after) if several else 1):
             return edits if several else edits[0]
     check_choice("projection", projection, ("fro", "off"))

@@ -532,8 +532,15 @@ PyObject* direct_edit(Arguments arguments) {
     sums.dims = 1;
     sums.shape[0] = 3;
     sums.stride[0] = 1;
-    layers[i] = {after[i], before[i], safety[i], task[i], column_changes.emplace_back(wide(after[i].dtype), cols).view(),
-                 sums, masks.emplace_back(DType::boolean, cols).view(), keep[i], focus[i]};
+    layers[i] = {after[i],
+                 before[i],
+                 safety[i],
+                 task[i],
+                 column_changes.emplace_back(wide(after[i].dtype), cols).view(),
+                 sums,
+                 masks.emplace_back(DType::boolean, cols).view(),
+                 keep[i],
+                 focus[i]};
   }
   std::size_t done = 0;
   if (!run(elements(after), [&](int threads) { done = edit(layers, options, adjusts, threads); }) || done == 0) {

@@ -40,7 +40,7 @@ SelectionScratch::SelectionScratch(std::int64_t cols)
 namespace {
 
 constexpr std::uint64_t kSign = std::uint64_t{1} << 63;
-constexpr int kBinBits = 8;             // 256 bins: their counts stay in the first-level cache
+constexpr int kBinBits = 8;            // 256 bins: their counts stay in the first-level cache
 constexpr std::int64_t kFewKeys = 24;  // sorted by insertion
 
 // A sum carried in two doubles (Knuth's exact addition), about 106 bits.
