@@ -1,21 +1,24 @@
 """`hpa adapt` on a large pair, beside `cp` and, where its program is named, mergekit's TIES on the same pair.
 
-    python bench/adapt.py FOLDER [--blocks 6] [--mergekit /path/to/mergekit-yaml]
+    python bench/adapt.py FOLDER [--blocks 5] [--methods hpa,magnitude] [--mergekit /path/to/mergekit-yaml]
 
-FOLDER gets two models of random weights with the shapes of LLaVA-1.5-7B's decoder (bfloat16, shards of about 1 GB; 6
-blocks are 2.5 GB, 32 are 13 GB), and statistics of random numbers.  Every run is a process of its own; its wall clock
-and largest resident memory are told.  The files were just written, so reading is from the page cache where they fit.
+FOLDER gets two models of random weights with the shapes of LLaVA-1.5-7B's decoder (bfloat16, shards of about 1 GB; 5
+blocks are 2.5 GB, 32 are 13 GB), and statistics of random numbers; with hpa_ls among the methods, Gram matrices too.
+Every run is a process of its own; its wall clock and largest resident memory are told.  The files were just written, so
+reading is from the page cache where they fit.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import shutil
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -37,6 +40,11 @@ LAYERS = {
     "mlp.up_proj": (INNER, HIDDEN),
     "mlp.down_proj": (HIDDEN, INNER),
 }
+INPUTS = {
+    "self_attn.k_proj": "self_attn.q_proj",
+    "self_attn.v_proj": "self_attn.q_proj",
+    "mlp.up_proj": "mlp.gate_proj",
+}
 CONFIG = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
@@ -49,43 +57,65 @@ CONFIG = {
 }
 
 
-def make_pair(folder: Path, blocks: int) -> None:
+def make_pair(folder: Path, blocks: int, *, grams: bool) -> None:
     """``before`` and ``after``, and their statistics; nothing is made twice."""
     if (folder / "task.safetensors").exists():
         return
+    generator = torch.Generator().manual_seed(0)
+    # Weights are stretches of these, from a place of their own: drawing 13 GB anew would take longer than all else.
+    weights, changes = (
+        torch.empty(WORDS * HIDDEN + 2**20, dtype=torch.bfloat16).normal_(0, size, generator=generator)
+        for size in (0.02, 0.001)
+    )
     for name, seed in (("before", 0), ("after", 1)):
         model = folder / name
         model.mkdir(parents=True, exist_ok=True)
         (model / "config.json").write_text(json.dumps({**CONFIG, "num_hidden_layers": blocks}))
-        shards: list[dict[str, torch.Tensor]] = [{}]
-        for key, shape in _tensors(blocks):
-            # The same numbers in both, and a small change on top.
-            generator = torch.Generator().manual_seed(len(key) + sum(map(ord, key)))
-            tensor = torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=generator)
-            if seed:
-                tensor += torch.empty(shape, dtype=torch.bfloat16).normal_(0, 0.001)
-            if sum(held.numel() for held in shards[-1].values()) * 2 > 900e6:
-                shards.append({})
-            shards[-1][key] = tensor
         index = {}
+        shards = _shards(blocks)
         for number, shard in enumerate(shards, start=1):
+            tensors = {}
+            for key, shape in shard.items():
+                place, size = zlib.crc32(key.encode()) % 2**20, math.prod(shape)
+                tensor = weights[place : place + size].view(shape)
+                tensors[key] = tensor + changes[place : place + size].view(shape) if seed else tensor.clone()
             file = f"model-{number:05}-of-{len(shards):05}.safetensors"
-            save_file(shard, model / file, metadata={"format": "pt"})
+            save_file(tensors, model / file, metadata={"format": "pt"})
             index |= dict.fromkeys(shard, file)
         (model / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
     for role, name in (("safety", "before"), ("task", "after")):
         generator = torch.Generator().manual_seed(len(role))
         with StatisticsWriter(folder / f"{role}.safetensors") as writer:
             for block in range(blocks):
-                entries = {}
                 for layer, (_, cols) in LAYERS.items():
-                    key = f"layers.{block}.{layer}"
-                    diagonal = torch.rand(cols, generator=generator) + 0.1
-                    entries[key] = InputStatistics(inverse_diagonal=diagonal, tokens=1000, samples=8, input_key=key)
-                writer.add(entries, {key: key for key in entries})
+                    key, shared = f"layers.{block}.{layer}", f"layers.{block}.{INPUTS.get(layer, layer)}"
+                    seen = InputStatistics(
+                        _gram(cols, generator) if grams and shared == key else None,
+                        inverse_diagonal=torch.rand(cols, generator=generator) + 0.1,
+                        tokens=1000,
+                        samples=8,
+                        input_key=shared,
+                    )
+                    writer.add({key: seen}, {key: key, shared: shared})
             writer.finish(
                 StatisticsInfo(role, model_fingerprint(Folder(folder / name, name)), name, {"samples": 8}, {}, blocks)
             )
+
+
+def _gram(cols: int, generator: torch.Generator) -> torch.Tensor:
+    """Positive definite: twice the unit matrix with noise of a norm below 1."""
+    gram = torch.empty(cols, cols).normal_(0, 1e-3, generator=generator)
+    gram.diagonal().add_(2)
+    return gram
+
+
+def _shards(blocks: int) -> list[dict[str, tuple[int, ...]]]:
+    shards: list[dict[str, tuple[int, ...]]] = [{}]
+    for key, shape in _tensors(blocks):
+        if sum(math.prod(held) for held in shards[-1].values()) * 2 > 900e6:
+            shards.append({})
+        shards[-1][key] = shape
+    return shards
 
 
 def _tensors(blocks: int) -> list[tuple[str, tuple[int, ...]]]:
@@ -113,20 +143,21 @@ def timed(command: Sequence[str], out: Path) -> tuple[float, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--blocks", type=int, default=6)
+    parser.add_argument("--blocks", type=int, default=5)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--methods", default="hpa,magnitude", help="of hpa adapt, with commas between")
     parser.add_argument("--mergekit", help="mergekit-yaml, of an environment of its own")
     arguments = parser.parse_args()
     folder: Path = arguments.folder
-    make_pair(folder, arguments.blocks)
+    methods = arguments.methods.split(",")
+    make_pair(folder, arguments.blocks, grams="hpa_ls" in methods)
     before, after, out = folder / "before", folder / "after", folder / "out"
     size = Folder(after, "AFTER").total_size / 1e9
     statistics = [f"--statistics={folder / role}.safetensors" for role in ("safety", "task")]
     adapt = [sys.executable, "-m", "hpa", "adapt", str(before), str(after), *statistics, "-q", "--out", str(out)]
     commands = {
         "cp -r AFTER": ["cp", "-r", str(after), str(out)],
-        "hpa adapt": adapt,
-        "hpa adapt -m magnitude": [*adapt, "-m", "magnitude"],
+        **{f"hpa adapt -m {method}": [*adapt, "-m", method] for method in methods},
     }
     if arguments.mergekit:
         recipe = folder / "ties.yaml"

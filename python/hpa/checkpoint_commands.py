@@ -490,11 +490,12 @@ def _show_plan(plan: Plan, job: Job) -> None:
         f"{plan.decoder.blocks} decoder blocks at {plan.decoder.path}",
         highlight=False,
     )
-    held = min(job.max_memory, 3 * plan.largest + (256 << 20))
+    work = plan.work_size(job.method)
+    held = min(job.max_memory, 3 * plan.largest + work + (256 << 20))
     rate = _read_rate(plan)
     _out.print(
         f"reads {plan.read_size / 1e9:.2f} GB, writes {plan.output_size / 1e9:.2f} GB, holds at most about "
-        f"{max(held, 2 * plan.largest) / 1e9:.2f} GB besides the program; about "
+        f"{max(held, 2 * plan.largest + work) / 1e9:.2f} GB besides the program; about "
         f"{(plan.read_size + 2 * plan.output_size) / rate:.0f} s at {rate / 1e9:.1f} GB/s, calibration not counted",
         highlight=False,
     )

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from hpa.triangle import Triangle
+
 __all__ = ["InputStatistics", "LayerChange", "LayerEdit", "LowRankUpdate", "Number", "clean_name"]
 
 Number = float | int | str
@@ -148,6 +150,7 @@ class InputStatistics:
     Attributes:
         gram: ``[cols, cols]``, lower triangle filled: ``2 X'X`` averaged as ``normalize`` says (METHOD 1.1, D4), or
             ``None`` where it was not asked for.
+        triangle: the same, instead of ``gram``, where it is read from a file when it is needed.
         inverse_diagonal: ``[cols]``: ``diag((gram + lambda I)^-1)``, or ``None`` where it was not asked for or the
             input was zero throughout (then ``zero`` is set).
         tokens: positions that were counted.
@@ -158,6 +161,7 @@ class InputStatistics:
     """
 
     gram: Tensor | None = field(default=None, repr=False)
+    triangle: Triangle | None = field(default=None, repr=False, kw_only=True)
     inverse_diagonal: Tensor | None = field(default=None, repr=False)
     tokens: int = 0
     samples: int = 0

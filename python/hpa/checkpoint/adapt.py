@@ -408,7 +408,8 @@ def _write_shards(job: Job, prepared: Prepared, stage: Path, claims: Claims, lis
     editor = editor_of(job, prepared)
     statistics_budget = _statistics_budget(job)
     # Besides what waits to be edited and to be written, one layer is in work.
-    budget = max(8 << 20, (job.max_memory - statistics_budget - 2 * prepared.plan.largest) // 3)
+    work = 2 * prepared.plan.largest + prepared.plan.work_size(job.method)
+    budget = max(8 << 20, (job.max_memory - statistics_budget - work) // 3)
     budget = min(budget, 192 << 20)
     buffers = Buffers(2 * budget + 2 * prepared.plan.largest)
     told: set[str] = set()

@@ -12,7 +12,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,11 @@ class TensorInfo:
     @property
     def is_floating(self) -> bool:
         return self.dtype in ("F64", "F32", "F16", "BF16")
+
+    def part(self, first: int, last: int) -> TensorInfo:
+        """Some of the numbers of a vector."""
+        width = DTYPES[self.dtype].itemsize
+        return replace(self, shape=(last - first,), offset=self.offset + first * width, size=(last - first) * width)
 
 
 @dataclass(frozen=True)

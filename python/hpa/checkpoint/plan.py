@@ -13,6 +13,7 @@ from hpa.calibration import LayerSpec
 from hpa.checkpoint.adapter import Adapter, Factors, match_names
 from hpa.checkpoint.files import CheckpointError, Folder, TensorInfo, fingerprint
 from hpa.checkpoint.names import Decoder, expert_input, find_decoder, is_projector, is_router, projector_name
+from hpa.methods import Method
 
 __all__ = ["Entry", "Plan", "Shard", "decoder_of", "make_plan", "model_fingerprint", "model_layers"]
 
@@ -83,6 +84,15 @@ class Plan:
     def largest(self) -> int:
         """Bytes of the largest merged layer, both states."""
         return max((entry.held for entry in self.entries if entry.fate == "merged"), default=0)
+
+    def work_size(self, method: Method) -> int:
+        """Bytes that ``method`` takes for the layer that asks most, besides its weights."""
+        sides = {
+            (entry.before.shape[0], entry.before.shape[1])
+            for entry in self.entries
+            if entry.fate == "merged" and entry.before is not None
+        }
+        return max((method.work_size(*side) for side in sides), default=0)
 
 
 def decoder_of(folder: Folder) -> Decoder:

@@ -22,11 +22,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-import hpa_ext
 from hpa.checkpoint.files import (
     DTYPE_NAMES,
     CheckpointError,
     TensorFile,
+    TensorInfo,
     encode_header,
     read_tensor,
     read_tensor_file,
@@ -35,7 +35,7 @@ from hpa.checkpoint.files import (
 from hpa.checkpoint.names import expert_input
 from hpa.checkpoint.stream import HashedFile
 from hpa.layers import InputStatistics
-from hpa.triangle import pack, unpack
+from hpa.triangle import Triangle, pack
 
 __all__ = ["InputInfo", "Statistics", "StatisticsInfo", "StatisticsWriter"]
 
@@ -127,30 +127,29 @@ class Statistics:
         raise CheckpointError(f"{self.path}: no statistics for layer {layer}")
 
     def read(self, key: str, want: frozenset[str]) -> InputStatistics:
-        """Statistics of one input: ``diagonal``, ``gram`` (a full matrix, lower triangle filled) or both.
+        """Statistics of one input: ``diagonal``, ``gram`` (a triangle, read from the file block by block) or both.
 
         Raises:
             CheckpointError: the file does not hold what is wanted.
         """
         about = self.info.inputs[key]
-        diagonal = gram = None
+        diagonal: Tensor | None = None
+        triangle: Triangle | None = None
         if not about.zero:
             if "diagonal" in want:
-                diagonal = self._tensor(f"diagonal.{key}", "an inverse diagonal", "")
+                diagonal = read_tensor(self._info(f"diagonal.{key}", "inverse diagonal", ""))
             if "gram" in want and f"vectors.{key}" in self.file.tensors:
-                vectors = self._tensor(f"vectors.{key}", "a Gram matrix", "")
-                gram = torch.zeros(about.cols, about.cols)
-                hpa_ext.accumulate_gram_(gram, vectors, 1.0)
+                triangle = Triangle.of_vectors(read_tensor(self.file.tensors[f"vectors.{key}"]))
             elif "gram" in want:
-                packed = self._tensor(f"gram.{key}", "a Gram matrix", " --gram")
+                packed = self._info(f"gram.{key}", "Gram matrix", " --gram")
                 numbers = about.cols * (about.cols + 1) // 2
                 if packed.shape != (numbers,):
                     raise CheckpointError(
-                        f"gram: expected {numbers} numbers for {about.cols} columns, got {packed.numel()}"
+                        f"gram: expected {numbers} numbers for {about.cols} columns, got {list(packed.shape)}"
                     )
-                gram = unpack(packed, about.cols)
+                triangle = Triangle.of_packed(about.cols, lambda first, last: read_tensor(packed.part(first, last)))
         return InputStatistics(
-            gram=gram,
+            triangle=triangle,
             inverse_diagonal=diagonal,
             tokens=about.tokens,
             samples=about.samples,
@@ -159,13 +158,12 @@ class Statistics:
             damping=about.damping,
         )
 
-    def _tensor(self, name: str, what: str, option: str) -> Tensor:
+    def _info(self, name: str, what: str, option: str) -> TensorInfo:
         if name not in self.file.tensors:
             raise CheckpointError(
-                f"{self.path}: holds no {what.removeprefix('a ').removeprefix('an ')} of {name.partition('.')[2]}; "
-                f"make it with `hpa calibrate{option}`"
+                f"{self.path}: holds no {what} of {name.partition('.')[2]}; make it with `hpa calibrate{option}`"
             )
-        return read_tensor(self.file.tensors[name])
+        return self.file.tensors[name]
 
 
 class StatisticsWriter:

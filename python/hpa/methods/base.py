@@ -114,6 +114,10 @@ class Method(ABC):
             raise ValueError(f"strength: method '{self.name}' has none to set, got {strength}")
         return type(self)(self.config.at_strength(strength))
 
+    def work_size(self, rows: int, cols: int) -> int:
+        """About how many bytes an edit of a layer ``[rows, cols]`` takes besides its weights."""
+        return 0
+
     @abstractmethod
     def edit_layer(
         self,

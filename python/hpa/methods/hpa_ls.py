@@ -11,6 +11,10 @@ Answer safety inputs and the inputs of past tasks as the old weight did, and the
 A low-rank update stays low-rank: the filter acts on its A factor.  The Gram matrices carry the factor 2 of the Hessian
 throughout, which cancels.  Relatives: RegMean (merging by Gram matrices), GPM (a hard subspace, during training) and
 AlphaEdit (editing in a null space).
+
+All arithmetic is float64, and no square is ever formed: the triangles are read by blocks of rows, and all that is held
+is the Cholesky factor of A + B, ``4 cols (cols + 512)`` bytes (11008 columns: 0.51 GB), and a few hundred rows of the
+weight.  A layer costs ``7 rows cols^2`` operations (LoRA: ``7 rank cols^2``), an input ``cols^3 / 3``.
 """
 
 from __future__ import annotations
@@ -18,7 +22,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
@@ -29,10 +33,12 @@ from hpa.columns import keep_as_learned, measure, measured_numbers, stored
 from hpa.config import CalibrationConfig, ColumnConfig
 from hpa.layers import InputStatistics, LayerChange, LayerEdit, LowRankUpdate, Number
 from hpa.methods.base import Method
-from hpa.triangle import pack, unpack
+from hpa.triangle import Cholesky, Triangle, pack
 from hpa_ext import DampingWarning, FactorizationError
 
 __all__ = ["HPALeastSquares", "LeastSquaresConfig"]
+
+ROWS_SIZE = 32 << 20  # bytes of a weight's rows in float64 that are filtered at a time
 
 
 class LeastSquaresConfig(CalibrationConfig):
@@ -84,7 +90,7 @@ class HPALeastSquares(Method):
             self.needs |= {"edited_gram"}
         self._memory: dict[str, Tensor] = {}  # input_key -> packed lower triangle, float32
         self._tasks: dict[str, int] = {}  # input_key -> tasks in it
-        self._pending: dict[str, Tensor] = {}  # this task's Gram matrices, packed
+        self._pending: dict[str, Tensor | Triangle] = {}  # this task's Gram matrices: packed, or on disk
         self._filter: _Filter | None = None
 
     def at_strength(self, strength: float) -> HPALeastSquares:
@@ -92,6 +98,10 @@ class HPALeastSquares(Method):
         if not (strength > 0 and math.isfinite(strength)):
             raise ValueError(f"strength: expected a positive number, got {strength}")
         return type(self)(self.config.model_copy(update={"mu": self.config.mu / strength}))
+
+    def work_size(self, rows: int, cols: int) -> int:
+        # The factor, and what apply() holds of some rows and of a triangle's block.
+        return 4 * cols * (cols + 512) + 5 * min(8 * rows * cols, ROWS_SIZE) + 2 * 8 * min(512, cols) * cols
 
     def edit_layer(
         self,
@@ -119,34 +129,33 @@ class HPALeastSquares(Method):
         numbers["ridge"] = filter_.ridge
         if isinstance(change.update, LowRankUpdate):
             update = change.update
-            old = update.A.double()
-            new = filter_.apply(old)
             gram_b = update.B.double().T @ update.B.double()
-            numbers |= filter_.effects(old, new, lambda left, right: float((gram_b * (left @ right.T)).sum()))
+            new = filter_.apply(update.A.double(), lambda left, right: float((gram_b * (left @ right.T)).sum()))
             filtered = LowRankUpdate(new.to(torch.promote_types(update.A.dtype, torch.float32)), update.B, update.scale)
-            return LayerEdit(numbers, base=change.before, update=filtered, dtype=change.before.dtype)
-        before = change.before.double()
-        old = change.update.double() - before
-        new = filter_.apply(old)
-        numbers |= filter_.effects(old, new, lambda left, right: float((left * right).sum()))
-        return LayerEdit(numbers, weight=(before + new).to(change.before.dtype))
+            return LayerEdit(
+                numbers | filter_.effects(), base=change.before, update=filtered, dtype=change.before.dtype
+            )
+        weight = filter_.apply_dense(change.before, change.update, reuse=change.reuse_update)
+        return LayerEdit(numbers | filter_.effects(), weight=weight)
 
     def observe_edited(self, statistics: Mapping[str, InputStatistics]) -> None:
         for key, seen in statistics.items():
-            if seen.gram is not None and not seen.zero:
-                self._pending[key] = pack(seen.gram)
+            if not seen.zero and (seen.gram is not None or seen.triangle is not None):
+                self._remember(key, seen)
 
     def finish_task(self) -> None:
         """Fold the task's Gram matrices into the memory."""
         fade = self.config.memory_decay if self.config.memory_weighting == "decay" else 1.0
         for key in set(self._memory) | set(self._pending):
             old, new = self._memory.get(key), self._pending.get(key)
+            new = new.packed() if isinstance(new, Triangle) else new
             if old is None:
                 assert new is not None
                 self._memory[key] = new
             else:
                 # The old memory fades by a task's age even where this task never reached the input.
-                self._memory[key] = old * fade if new is None else (old * fade).add_(new.to(old.device))
+                faded = old if fade == 1.0 else old * fade
+                self._memory[key] = faded if new is None else new.to(old.device).add_(faded)
             self._tasks[key] = self._tasks.get(key, 0) + (new is not None)
         self._pending = {}
         self._filter = None
@@ -175,25 +184,41 @@ class HPALeastSquares(Method):
         if last is not None and last.key == change.input_key and last.safety is safety and last.task is task:
             return last
         cols = change.cols
-        kept = _symmetric("safety", safety, change)
-        wanted = _symmetric("task", task, change)
-        weight = 0.0
+        kept = [(1.0, _triangle("safety", safety, change))]
         packed = self._memory.get(change.input_key)
         if packed is not None and self.config.memory > 0:
             if packed.numel() != cols * (cols + 1) // 2:
                 raise ValueError(f"layer {change.label}: the memory of its input is for another width than {cols}")
             share = self._tasks[change.input_key] if self.config.memory_weighting == "mean" else 1
-            weight = self.config.memory / max(share, 1)
-            kept += weight * _whole(unpack(packed.to(kept.device), cols))
-        if (
-            self.config.memory > 0
-            and self.config.memory_source == "trained"
-            and task.gram is not None
-            and not task.zero
-        ):
-            self._pending[change.input_key] = pack(task.gram)
-        self._filter = _Filter.build(change, safety, task, kept, wanted, self.config)
+            memory = Triangle.of_packed(cols, lambda first, last: packed[first:last])
+            kept.append((self.config.memory / max(share, 1), memory))
+        learned = _triangle("task", task, change)
+        if self.config.memory > 0 and self.config.memory_source == "trained" and not task.zero:
+            self._remember(change.input_key, task)
+        self._filter = None  # its factor makes room before the next one is made
+        del last
+        self._filter = _Filter.build(change, safety, task, kept, learned, self.config)
         return self._filter
+
+    def _remember(self, key: str, seen: InputStatistics) -> None:
+        if seen.triangle is not None:
+            self._pending[key] = seen.triangle
+        else:
+            assert seen.gram is not None
+            self._pending[key] = pack(seen.gram)
+
+
+@dataclass
+class _Sums:
+    """Inner products of an update and its edit, plain and weighed by ``S = A + B`` or ``L = X_t'X_t/N_t``."""
+
+    old: float = 0.0  # <old, old>
+    new: float = 0.0
+    old_summed: float = 0.0  # <old S, old>
+    new_summed: float = 0.0
+    old_learned: float = 0.0  # <old L, old>
+    new_learned: float = 0.0
+    both_learned: float = 0.0  # <old L, new>
 
 
 @dataclass(eq=False)
@@ -203,12 +228,16 @@ class _Filter:
     key: str
     safety: InputStatistics
     task: InputStatistics
-    kept: Tensor  # A, float64 [cols, cols]
-    learned: Tensor  # X_t'X_t/N_t
-    wanted: Tensor  # B
-    factor: Tensor  # lower Cholesky factor of A + B
+    learned: Triangle  # X_t'X_t/N_t
+    mu: float
+    factor: Cholesky | None  # of A + B; None where nothing is kept
     ridge: float
-    something_kept: bool
+    ridge_size: float = 0.0  # l
+    sums: _Sums = field(default_factory=_Sums)
+
+    @property
+    def something_kept(self) -> bool:
+        return self.factor is not None
 
     @classmethod
     def build(
@@ -216,22 +245,23 @@ class _Filter:
         change: LayerChange,
         safety: InputStatistics,
         task: InputStatistics,
-        kept: Tensor,
-        learned: Tensor,
+        kept: list[tuple[float, Triangle]],
+        learned: Triangle,
         config: LeastSquaresConfig,
     ) -> _Filter:
         """Raises FactorizationError (layer named) when ``A + B`` is not positive definite at any ridge."""
-        scale = float((kept + config.mu * learned).diagonal().mean()) if change.cols else 0.0
-        if not math.isfinite(scale):
-            raise ValueError(f"layer {change.label}: the Gram matrices of its input are not finite")
-        ridge, something_kept = config.ridge, bool(kept.any())
+        ridge = config.ridge
         while True:
-            wanted = config.mu * learned
-            wanted.diagonal().add_(ridge * scale)
+            # Factoring takes the place of the sum, so the ladder reads the triangles again.
+            blocks, something_kept = _summed(kept, config.mu, learned, change)
             if not something_kept:  # nothing to solve: the filter is the identity
-                return cls(change.input_key, safety, task, kept, learned, wanted, wanted, ridge, False)
-            factor, failed = torch.linalg.cholesky_ex(kept + wanted)
-            if not int(failed):
+                return cls(change.input_key, safety, task, learned, config.mu, None, ridge)
+            diagonals = [block.diagonal(block.shape[1] - block.shape[0]) for block in blocks]
+            scale = float(torch.cat(diagonals).mean())
+            for diagonal in diagonals:
+                diagonal.add_(ridge * scale)
+            factor = Cholesky.of(blocks)
+            if factor is not None:
                 break
             if ridge * 10 > 1.0 + 1e-6:
                 raise FactorizationError(
@@ -241,43 +271,92 @@ class _Filter:
         if ridge != config.ridge:
             message = f"layer {change.label}: A + B not positive definite with ridge {config.ridge:g}; used {ridge:g}"
             warnings.warn(message, DampingWarning, stacklevel=4)
-        return cls(change.input_key, safety, task, kept, learned, wanted, factor, ridge, True)
+        return cls(change.input_key, safety, task, learned, config.mu, factor, ridge, ridge * scale)
 
-    def apply(self, rows: Tensor) -> Tensor:
-        """``rows @ F`` for rows ``[n, cols]``, float64."""
-        return torch.cholesky_solve((rows @ self.wanted).T, self.factor).T
+    def apply(self, old: Tensor, inner: Callable[[Tensor, Tensor], float]) -> Tensor:
+        """``old @ F`` for rows ``[n, cols]``, float64, and what :meth:`effects` is made of.
 
-    def effects(self, old: Tensor, new: Tensor, trace: Callable[[Tensor, Tensor], float]) -> dict[str, Number]:
-        """Shares of squared norms: what is left of the update, what is left of its effect on the outputs for safety and
-        memory inputs, and what is lost of its effect for the task's inputs.
-
-        ``trace(left, right)`` is the inner product of two updates, given what stands right of their common factor B.
+        ``inner(left, right)`` is the inner product of two updates, given what stands right of their common factor B.
         """
-        lost = old - new
+        assert self.factor is not None
+        seen = self.learned.product(old)  # old @ L
+        wanted = (self.mu * seen).add_(old, alpha=self.ridge_size)  # old @ B
+        new = self.factor.solve(wanted)
+        # With S = A + B:  new S = wanted, and <old S, old> = |old C|^2 with its factor C.  Neither is needed again.
+        half = self.factor.times(old)
+        sums = self.sums
+        sums.old += inner(old, old)
+        sums.new += inner(new, new)
+        sums.old_summed += inner(half, half)
+        sums.new_summed += inner(wanted, new)
+        sums.old_learned += inner(seen, old)
+        sums.both_learned += inner(seen, new)
+        del seen, wanted, half
+        sums.new_learned += inner(self.learned.product(new), new)
+        return new
+
+    def apply_dense(self, before: Tensor, after: Tensor, *, reuse: bool) -> Tensor:
+        """``W_o + (W_n - W_o) F``, some rows at a time; into the memory of ``after`` where it may be reused."""
+        out = after if reuse and after.dtype == before.dtype else torch.empty_like(before)
+        step = max(64, ROWS_SIZE // (8 * max(before.shape[1], 1)))
+        for first in range(0, before.shape[0], step):
+            rows = slice(first, first + step)
+            base = before[rows].double()
+            new = self.apply(after[rows].double() - base, lambda left, right: float((left * right).sum()))
+            out[rows] = new.add_(base).to(out.dtype)
+        return out
+
+    def effects(self) -> dict[str, Number]:
+        """Shares of squared norms: what is left of the update, what is left of its effect on the outputs for safety and
+        memory inputs, and what is lost of its effect for the task's inputs.  Of all that was applied since last asked.
+        """
+        sums, self.sums = self.sums, _Sums()
+        mu, ridge = self.mu, self.ridge_size
+        old_kept = sums.old_summed - mu * sums.old_learned - ridge * sums.old
+        new_kept = sums.new_summed - mu * sums.new_learned - ridge * sums.new
+        lost = sums.old_learned - 2 * sums.both_learned + sums.new_learned
         return {
-            "update_left": _ratio(trace(new, new), trace(old, old)),
-            "kept_inputs_change_left": _ratio(trace(new @ self.kept, new), trace(old @ self.kept, old)),
-            "task_change_lost": _ratio(trace(lost @ self.learned, lost), trace(old @ self.learned, old)),
+            "update_left": _ratio(sums.new, sums.old),
+            "kept_inputs_change_left": _ratio(new_kept, old_kept),
+            "task_change_lost": _ratio(lost, sums.old_learned),
         }
 
 
+def _summed(
+    kept: list[tuple[float, Triangle]], mu: float, learned: Triangle, change: LayerChange
+) -> tuple[list[Tensor], bool]:
+    """``A + mu L`` by blocks of rows, float64, and whether there is anything in A."""
+    blocks, something_kept = [], False
+    for first, last in learned.blocks():
+        block = torch.zeros(last - first, last, dtype=torch.float64, device=change.before.device)
+        for weight, triangle in kept:
+            block.add_(triangle.rows(first, last).to(block), alpha=weight)
+        something_kept = something_kept or bool(block.any())
+        block.add_(learned.rows(first, last).to(block), alpha=mu)
+        if not math.isfinite(float(block.sum())):
+            raise ValueError(f"layer {change.label}: the Gram matrices of its input are not finite")
+        blocks.append(block)
+    return blocks, something_kept
+
+
 def _ratio(part: float, whole: float) -> float:
-    return part / whole if whole > 0 else 0.0
+    return max(0.0, part) / whole if whole > 0 else 0.0
 
 
-def _symmetric(which: str, statistics: InputStatistics, change: LayerChange) -> Tensor:
-    """The Gram matrix in full, float64, zeros where the input was never active."""
-    if statistics.gram is None:
+def _triangle(which: str, statistics: InputStatistics, change: LayerChange) -> Triangle:
+    """The Gram matrix, zeros where the input was never active."""
+    triangle = statistics.triangle
+    if statistics.gram is not None:
+        if statistics.gram.shape != (change.cols, change.cols):
+            found = tuple(statistics.gram.shape)
+            raise ValueError(
+                f"layer {change.label}: {which} gram: expected [{change.cols}, {change.cols}], got {found}"
+            )
+        triangle = Triangle.of_matrix(statistics.gram)
+    if triangle is None:
         if not statistics.zero:
             raise ValueError(f"layer {change.label}: method 'hpa_ls' needs the {which} Gram matrix, got none")
-        return torch.zeros(change.cols, change.cols, dtype=torch.float64, device=change.before.device)
-    if tuple(statistics.gram.shape) != (change.cols, change.cols):
-        found = tuple(statistics.gram.shape)
-        raise ValueError(f"layer {change.label}: {which} gram: expected [{change.cols}, {change.cols}], got {found}")
-    return _whole(statistics.gram.to(change.before.device).tril())
-
-
-def _whole(lower: Tensor) -> Tensor:
-    """The symmetric float64 matrix of a lower triangle."""
-    lower = lower.double()
-    return lower + lower.tril(-1).T
+        return Triangle.zero(change.cols)
+    if triangle.cols != change.cols:
+        raise ValueError(f"layer {change.label}: {which} gram: expected {change.cols} columns, got {triangle.cols}")
+    return triangle
