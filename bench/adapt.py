@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import subprocess
@@ -150,7 +151,14 @@ def main() -> None:
     arguments = parser.parse_args()
     folder: Path = arguments.folder
     methods = arguments.methods.split(",")
-    make_pair(folder, arguments.blocks, grams="hpa_ls" in methods)
+    # In a process of its own: a child is charged with what its parent held when it was started.
+    maker = multiprocessing.get_context("spawn").Process(
+        target=make_pair, args=(folder, arguments.blocks), kwargs={"grams": "hpa_ls" in methods}
+    )
+    maker.start()
+    maker.join()
+    if maker.exitcode:
+        raise SystemExit("the pair could not be made")
     before, after, out = folder / "before", folder / "after", folder / "out"
     size = Folder(after, "AFTER").total_size / 1e9
     statistics = [f"--statistics={folder / role}.safetensors" for role in ("safety", "task")]

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-__all__ = ["Cholesky", "Triangle", "pack"]
+__all__ = ["Cholesky", "Triangle", "pack", "unpack"]
 
 BLOCK = 512  # rows of a triangle in work
 
@@ -149,3 +149,8 @@ class Cholesky:
 def pack(gram: Tensor) -> Tensor:
     """``[cols (cols+1)/2]`` float32 of the lower triangle of ``[cols, cols]``."""
     return Triangle.of_matrix(gram).packed()
+
+
+def unpack(packed: Tensor, cols: int) -> Tensor:
+    """``[cols, cols]`` with the lower triangle of a packed one, zeros above."""
+    return Triangle.of_packed(cols, lambda first, last: packed[first:last]).lower()

@@ -10,7 +10,7 @@ import json
 import os
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -111,6 +111,8 @@ class Editor:
         found = self._cache.get((role, key))
         if found is None:
             found = self._statistics[role].read(key, want)
+            if found.triangle is not None and not self.method.reads_triangles:
+                found = replace(found, gram=found.triangle.lower(), triangle=None)
             self._cache[(role, key)] = found
             while len(self._cache) > 2 and sum(map(_held, self._cache.values())) > self._budget:
                 self._cache.popitem(last=False)

@@ -51,6 +51,7 @@ class Method(ABC):
             training: differs in how it trains; control: what a claim has to beat.
         only_trains: nothing of it can be done to finished checkpoints, so ``hpa adapt`` refuses it.
         needs: what calibration must provide, a subset of :data:`STATISTICS`; may depend on the options.
+        reads_triangles: Gram matrices may come as a :class:`~hpa.triangle.Triangle` instead of a matrix in memory.
     """
 
     name: ClassVar[str]
@@ -58,6 +59,7 @@ class Method(ABC):
     only_trains: ClassVar[bool] = False
     Config: ClassVar[type[BaseModel]] = NoOptions
     needs: frozenset[str] = frozenset()
+    reads_triangles: ClassVar[bool] = False
 
     def __init__(self, config: BaseModel | None = None) -> None:
         """``config``: an instance of :attr:`Config`; all defaults when ``None``."""

@@ -82,6 +82,7 @@ class HPALeastSquares(Method):
     name: ClassVar[str] = "hpa_ls"
     Config: ClassVar[type[BaseModel]] = LeastSquaresConfig
     config: LeastSquaresConfig
+    reads_triangles: ClassVar[bool] = True
 
     def __init__(self, config: BaseModel | None = None) -> None:
         super().__init__(config)
