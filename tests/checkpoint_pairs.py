@@ -19,6 +19,8 @@ from transformers import (
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
 )
@@ -71,6 +73,21 @@ def qwen3_moe(seed: int = 0) -> Qwen3MoeForCausalLM:
             intermediate_size=20,
             moe_intermediate_size=12,
             head_dim=8,
+            num_experts=4,
+            num_experts_per_tok=2,
+        )
+    ).eval()
+
+
+def qwen2_moe(seed: int = 0) -> Qwen2MoeForCausalLM:
+    """A shared expert beside the others, weighed by a linear layer of one output."""
+    torch.manual_seed(seed)
+    return Qwen2MoeForCausalLM(
+        Qwen2MoeConfig(
+            **SMALL,
+            intermediate_size=20,
+            moe_intermediate_size=12,
+            shared_expert_intermediate_size=20,
             num_experts=4,
             num_experts_per_tok=2,
         )

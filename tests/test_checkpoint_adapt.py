@@ -13,7 +13,7 @@ import peft
 import pytest
 import tiny_models
 import torch
-from checkpoint_pairs import Pair, all_tensors, gemma2, hpa, mixtral, qwen3_moe, rewrite, tokenizer, trained
+from checkpoint_pairs import Pair, all_tensors, gemma2, hpa, mixtral, qwen2_moe, qwen3_moe, rewrite, tokenizer, trained
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, CLIPImageProcessor, LlavaProcessor
@@ -204,6 +204,17 @@ def test_experts(tmp_path: Path, make: Any, parent: str) -> None:
         torch.testing.assert_close(made[name], expected.weight, rtol=1e-4, atol=1e-6)
         checked += 1
     assert checked >= 6
+
+
+def test_shared_expert_is_edited_and_its_gate_is_not(tmp_path: Path) -> None:
+    pair = Pair(tmp_path, qwen2_moe)
+    result = adapt_checkpoint(job(pair, tmp_path / "out"))
+    edited = {edit["name"]: edit for edit in result.edits}
+    assert edited["layers.1.mlp.shared_expert.down_proj"]["kept"] > 0
+    assert "layers.1.mlp.shared_expert_gate" not in edited
+    after, made = all_tensors(pair.after), all_tensors(tmp_path / "out")
+    for name in ("model.layers.1.mlp.shared_expert_gate.weight", "model.layers.1.mlp.gate.weight"):
+        assert torch.equal(made[name], after[name])
 
 
 def adapter_of(pair: Pair, name: str = "adapter", **options: Any) -> Path:

@@ -18,6 +18,7 @@ import tiny_models
 import torch
 from checkpoint_pairs import Pair, all_tensors, hpa, rewrite
 from safetensors.torch import load_file, save_file
+from transformers import T5Config, T5ForConditionalGeneration
 
 from hpa.checkpoint import CalibrationJob, CheckpointError, Job, adapt_checkpoint, calibrate_checkpoint, plan_job
 from hpa.checkpoint.buffers import Buffers
@@ -178,6 +179,14 @@ def test_error_in_the_command_is_one_line(whole: Pair, tmp_path: Path) -> None:
     (pair.before / "tokenizer.json").unlink()
     done = hpa("calibrate", pair.before, pair.safety, "--as", "safety", "-o", tmp_path / "s.safetensors", code=2)
     assert "no tokenizer that transformers can load" in done.stderr
+
+
+def test_encoder_before_the_decoder_is_refused(tmp_path: Path) -> None:
+    shape = {"vocab_size": 50, "d_model": 16, "d_ff": 24, "num_layers": 2, "num_heads": 2, "d_kv": 8}
+    pair = Pair(tmp_path, lambda _: T5ForConditionalGeneration(T5Config(**shape, decoder_start_token_id=0)))
+    with pytest.raises(CheckpointError, match="MODEL: .* has an encoder before its decoder"):
+        calibrate_checkpoint(CalibrationJob(pair.before, pair.safety, "safety", tmp_path / "s.safetensors"))
+    assert not list(tmp_path.glob("*s.safetensors*"))
 
 
 def test_output_may_not_touch_the_inputs(whole: Pair, tmp_path: Path) -> None:

@@ -206,6 +206,11 @@ def _empty_model(folder: Folder, trust_remote_code: bool) -> tuple[nn.Module, An
     import transformers
     from accelerate import init_empty_weights
 
+    if folder.config.get("is_encoder_decoder"):
+        raise CheckpointError(
+            f"{folder.argument}: {folder.path} has an encoder before its decoder; only models that are a decoder alone "
+            "can be calibrated"
+        )
     options = {"local_files_only": True, "trust_remote_code": trust_remote_code}
     try:
         config = transformers.AutoConfig.from_pretrained(folder.path, **options)

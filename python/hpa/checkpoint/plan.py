@@ -347,7 +347,8 @@ def _chosen(
             f"statistics: none for {len(without)} of {len(layers)} layers, the first is {without[0]}; "
             "calibrate again, or leave such layers as the task made them with --skip"
         )
-    inputs = {name for name in known if expert_input(name) is None}
+    # A router that is a linear layer is calibrated like any other, and left alone all the same.
+    inputs = {name for name in known if expert_input(name) is None and not is_router(name)}
     lacking = sorted(inputs - set(layers))
     if lacking:
         raise CheckpointError(
