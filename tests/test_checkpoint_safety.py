@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import resource
 import signal
 import subprocess
 import sys
@@ -205,6 +206,8 @@ def test_output_may_not_touch_the_inputs(whole: Pair, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="exists and is not empty"):
         adapt_checkpoint(Job(pair.before, pair.after, busy, method))
     assert (busy / "mine.txt").read_text() == "keep"
+    with pytest.raises(CheckpointError, match=r"--out: .* cannot be made, for .*mine.txt is a file"):
+        adapt_checkpoint(Job(pair.before, pair.after, busy / "mine.txt" / "out", method))
 
 
 def test_full_disk_is_an_error_and_can_be_gone_on_from(
@@ -395,6 +398,18 @@ def test_written_file_has_the_hash_that_is_told(tmp_path: Path) -> None:
     again = HashedFile(tmp_path / "file", start=1000)
     again.write(data[1000:])
     assert again.close() == told
+
+
+def test_error_of_the_disk_names_the_file(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    out = HashedFile(tmp_path / "file")
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        out.write(bytes(5000))
+        with pytest.raises(OSError, match="File too large: '.*file'"):
+            out.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_action_runs_when_its_bytes_are_on_disk(tmp_path: Path) -> None:

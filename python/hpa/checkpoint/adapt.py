@@ -303,6 +303,9 @@ def _refuse_place(out: Path, job: Job) -> None:
             raise CheckpointError(f"--out: {out} lies in {argument} ({folder}) or holds it; choose another folder")
     if out.exists() and not out.is_dir():
         raise CheckpointError(f"--out: {out} is a file; expected a folder that is new or empty")
+    above = next(folder for folder in out.parents if folder.exists())
+    if not above.is_dir():
+        raise CheckpointError(f"--out: {out} cannot be made, for {above} is a file")
 
 
 def _identity(job: Job, prepared: Prepared) -> dict[str, Any]:

@@ -98,6 +98,8 @@ class HashedFile:
             written = 0 if self._error is None else len(view)
             while written < len(view):
                 written += self._file.write(view[written : written + PIECE]) or 0
+        except OSError as error:  # a full disk; of itself it does not say which file it hit
+            self._error = OSError(error.errno, error.strerror, str(self.path))
         except BaseException as error:
             self._error = error
         self._hasher.submit(self._hash, view)

@@ -38,7 +38,7 @@ from hpa_ext import DampingWarning, FactorizationError
 
 __all__ = ["HPALeastSquares", "LeastSquaresConfig"]
 
-ROWS_SIZE = 32 << 20  # bytes of a weight's rows in float64 that are filtered at a time
+ROWS_SIZE = 16 << 20  # bytes of a weight's rows in float64 that are filtered at a time
 
 
 class LeastSquaresConfig(CalibrationConfig):
