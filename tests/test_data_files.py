@@ -183,3 +183,21 @@ def test_without_a_template_turns_stand_below_each_other(tmp_path: Path) -> None
     with_picture = Conversation("1", conversation.turns, (Image.new("RGB", (2, 2)),))
     with pytest.raises(DataError, match="has a picture and the model has no processor"):
         Encoder(tmp_path).encode(with_picture)
+
+
+def test_rows_of_a_table_may_have_different_fields(tmp_path: Path) -> None:
+    """A parquet file holds null where a row, or a struct in it, has no such field."""
+    rows = [
+        {"prompt": "a", "response": "b"},
+        {"instruction": "c", "input": "d", "output": "e"},
+        {"instr-resp": [{"instruction": "f", "response": "g"}]},
+        {"instr-resp": [{"safe_instruction": "h", "response": "i"}, {"unsafe_instruction": "j", "response": "k"}]},
+    ]
+    path, table = tmp_path / "mixed.json", tmp_path / "mixed.parquet"
+    path.write_text(json.dumps(rows))
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    columns = {name: [row.get(name) for row in rows] for name in names}
+    pyarrow.parquet.write_table(pyarrow.table(columns), table)
+    told = [[turn.text for turn in held.turns] for held in read_conversations(table).conversations]
+    assert told == [["a", "b"], ["c\nd", "e"], ["f", "g"], ["h", "i"], ["j", "k"]]
+    assert told == [[turn.text for turn in held.turns] for held in read_conversations(path).conversations]

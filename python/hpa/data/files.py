@@ -135,9 +135,17 @@ def _parquet(path: Path) -> Iterator[Any]:
         raise DataError(f"{path}: parquet files need the package pyarrow: pip install 'hpa-ext[data]'") from None
     try:
         for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256):
-            yield from batch.to_pylist()
+            yield from map(_without_nulls, batch.to_pylist())
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise DataError(f"{path}: not a readable parquet file ({error})") from error
+
+
+def _without_nulls(value: Any) -> Any:
+    """A column exists for every row of a table, a field of a struct for every struct: what a record does not have is
+    null there."""
+    if isinstance(value, dict):
+        return {key: _without_nulls(held) for key, held in value.items() if held is not None}
+    return [_without_nulls(held) for held in value] if isinstance(value, list) else value
 
 
 def _conversations(record: Any, where: str, index: int, root: Path) -> Iterator[Conversation]:
