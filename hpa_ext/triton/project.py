@@ -160,6 +160,29 @@ def lead_of(fields, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
+def products_of_program(vectors, rank, VECTORS: tl.constexpr, RANKS: tl.constexpr):
+    """What a program multiplies: a chunk, some vectors (a column), and a block of rows of the basis."""
+    rank_blocks = tl.cdiv(rank, RANKS)
+    rank_block = tl.program_id(0) % rank_blocks
+    chunk, vector = chunk_and_vectors(tl.program_id(0) // rank_blocks, vectors, VECTORS)
+    return chunk, vector, rank_block
+
+
+@triton.jit
+def chunk_and_vectors(place, vectors, VECTORS: tl.constexpr):
+    blocks = tl.cdiv(vectors, VECTORS)
+    return place // blocks, (place % blocks * VECTORS + tl.arange(0, VECTORS))[:, None]
+
+
+@triton.jit
+def elements_of(pieces, piece_of, chunk, CHUNK: tl.constexpr):
+    """The piece of a chunk in the table: its entry, its columns, the first element of the chunk, and all elements."""
+    entry = pieces + tl.load(piece_of + chunk).to(tl.int64) * 11
+    cols = tl.load(entry + 2)
+    return entry, cols, (chunk - tl.load(entry)) * CHUNK, tl.load(entry + 1) * cols
+
+
+@triton.jit
 def dot_kernel(
     pieces,
     piece_of,
@@ -178,16 +201,8 @@ def dot_kernel(
     RANKS: tl.constexpr,
 ):
     """Dot products of some vectors with some rows of the basis over one chunk."""
-    rank_blocks = tl.cdiv(rank, RANKS)
-    program = tl.program_id(0)
-    rank_block = program % rank_blocks
-    vector_block = program // rank_blocks % tl.cdiv(vectors, VECTORS)
-    chunk = program // rank_blocks // tl.cdiv(vectors, VECTORS)
-    entry = pieces + tl.load(piece_of + chunk).to(tl.int64) * 11
-    cols = tl.load(entry + 2)
-    count = tl.load(entry + 1) * cols
-    start = (chunk - tl.load(entry)) * CHUNK
-    vector = (vector_block * VECTORS + tl.arange(0, VECTORS))[:, None]
+    chunk, vector, rank_block = products_of_program(vectors, rank, VECTORS, RANKS)
+    entry, cols, start, count = elements_of(pieces, piece_of, chunk, CHUNK)
     row = (rank_block * RANKS + tl.arange(0, RANKS))[:, None]
     grad_lead = lead_of(entry + 3, GRAD, ALIGNED)
     basis_lead = lead_of(entry + 7, BASIS, ALIGNED)
@@ -231,14 +246,8 @@ def update_kernel(
     RANKS: tl.constexpr,
 ):
     """Takes the combination of the rows of the basis out of some vectors, over one chunk."""
-    vector_blocks = tl.cdiv(vectors, VECTORS)
-    vector_block = tl.program_id(0) % vector_blocks
-    chunk = tl.program_id(0) // vector_blocks
-    entry = pieces + tl.load(piece_of + chunk).to(tl.int64) * 11
-    cols = tl.load(entry + 2)
-    count = tl.load(entry + 1) * cols
-    start = (chunk - tl.load(entry)) * CHUNK
-    vector = (vector_block * VECTORS + tl.arange(0, VECTORS))[:, None]
+    chunk, vector = chunk_and_vectors(tl.program_id(0), vectors, VECTORS)
+    entry, cols, start, count = elements_of(pieces, piece_of, chunk, CHUNK)
     grad_lead = lead_of(entry + 3, GRAD, ALIGNED)
     basis_lead = lead_of(entry + 7, BASIS, ALIGNED)
     for first in range(start, tl.minimum(start + CHUNK, count), SPAN):
@@ -301,17 +310,9 @@ def matrix_dot_kernel(
     RANKS: tl.constexpr,
 ):
     """Like dot_kernel, as products of tiles."""
-    rank_blocks = tl.cdiv(rank, RANKS)
-    program = tl.program_id(0)
-    rank_block = program % rank_blocks
-    vector_block = program // rank_blocks % tl.cdiv(vectors, VECTORS)
-    chunk = program // rank_blocks // tl.cdiv(vectors, VECTORS)
-    entry = pieces + tl.load(piece_of + chunk).to(tl.int64) * 11
-    cols = tl.load(entry + 2)
-    count = tl.load(entry + 1) * cols
-    start = (chunk - tl.load(entry)) * CHUNK
+    chunk, vector, rank_block = products_of_program(vectors, rank, VECTORS, RANKS)
+    entry, cols, start, count = elements_of(pieces, piece_of, chunk, CHUNK)
     end = tl.minimum(start + CHUNK, count)
-    vector = (vector_block * VECTORS + tl.arange(0, VECTORS))[:, None]
     row = (rank_block * RANKS + tl.arange(0, RANKS))[:, None]
     grad_lead = lead_of(entry + 3, GRAD, ALIGNED)
     basis_lead = lead_of(entry + 7, BASIS, ALIGNED)
@@ -357,14 +358,8 @@ def matrix_update_kernel(
     COLS: tl.constexpr,
 ):
     """Like update_kernel, as products of tiles."""
-    vector_blocks = tl.cdiv(vectors, VECTORS)
-    vector_block = tl.program_id(0) % vector_blocks
-    chunk = tl.program_id(0) // vector_blocks
-    entry = pieces + tl.load(piece_of + chunk).to(tl.int64) * 11
-    cols = tl.load(entry + 2)
-    count = tl.load(entry + 1) * cols
-    start = (chunk - tl.load(entry)) * CHUNK
-    vector = (vector_block * VECTORS + tl.arange(0, VECTORS))[:, None]
+    chunk, vector = chunk_and_vectors(tl.program_id(0), vectors, VECTORS)
+    entry, cols, start, count = elements_of(pieces, piece_of, chunk, CHUNK)
     grad_lead = lead_of(entry + 3, GRAD, ALIGNED)
     basis_lead = lead_of(entry + 7, BASIS, ALIGNED)
     for first in range(start, tl.minimum(start + CHUNK, count), COLS):
