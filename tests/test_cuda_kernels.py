@@ -199,7 +199,8 @@ def test_accumulate_gram(tokens: int, cols: int, x_dtype: torch.dtype, gram_dtyp
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_sums_over_many_tokens_are_taken_in_blocks(dtype: torch.dtype) -> None:
-    x = torch.full((9000, 2), 0.1).to(dtype)
+    # The square ends in 2^-14, which a sum of thousands has no digit for: one by one, 5e-5 would be lost.
+    x = torch.full((9000, 2), 1 + 2.0**-7).to(dtype)
     gram = torch.zeros(2, 2)
     cuda.accumulate_gram_(gram, x, 1.0)
     exact = 9000 * float(x[0, 0]) ** 2
