@@ -39,3 +39,28 @@ def cases(shrink: int = 1) -> Iterator[Case]:
                 targets={TORCH: 6, LIMIT: 0.85},
                 level="quick" if rows == cols else "default",
             )
+
+    side, count = 512 // min(shrink, 16), 64 // min(shrink, 16)
+
+    def layers() -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
+        pairs = [layer_pair(side, side, torch.float32) for _ in range(count)]
+        return [after for _, after in pairs], [before for before, _ in pairs], [torch.rand(side) < 0.1 for _ in pairs]
+
+    def by_hand(after: list[Tensor], before: list[Tensor], mask: list[Tensor]) -> None:
+        for one in zip(after, before, mask, strict=True):
+            hand_written.merge_(*one, PROJECTION)
+
+    yield Case(
+        kernel="merge_",
+        case=f"{count} of {side}x{side} fp32",
+        inputs=layers,
+        contenders={
+            OURS: lambda after, before, mask: hpa_ext.merge_(after, before, mask, PROJECTION),
+            TORCH: by_hand,
+        },
+        result=lambda returned, after, *_: after,
+        tolerance=1e-6,
+        bytes_moved=3 * count * side * side * 4,
+        memory="update",
+        targets={TORCH: 6, LIMIT: 0.85},
+    )
