@@ -35,9 +35,10 @@
 namespace hpa::bindings {
 namespace {
 
-// Multiply-adds, or elements where there is one operation each, up to which a call keeps to one thread and to the GIL:
-// some ten microseconds.  No kernel takes a second thread for so little.
+// Elements, or multiply-adds where they wait for each other, up to which a call keeps to one thread and to the GIL: some
+// ten microseconds.  No kernel takes a second thread for so little.
 constexpr std::int64_t kShort = 32 * 1024;
+constexpr std::int64_t kVector = 4;  // multiply-adds of a product of matrices that take the time of one
 
 // What the entries need from torch and from hpa_ext, handed over once by connect(); references are kept for ever.
 struct Connection {
@@ -313,6 +314,16 @@ class Output {
   TensorView view_;
 };
 
+TensorView vector_of(double* data, std::int64_t size) {
+  TensorView view;
+  view.data = data;
+  view.dtype = DType::f64;
+  view.dims = 1;
+  view.shape[0] = size;
+  view.stride[0] = 1;
+  return view;
+}
+
 PyObject* scalar(double value) {
   Output output(DType::f64, std::nullopt);
   *static_cast<double*>(output.view().data) = value;
@@ -363,7 +374,7 @@ PyObject* direct_accumulate_gram(Arguments arguments) {
   if (!read_float(arguments[0], gram) || !read_float(arguments[1], x) || !read(arguments[2], scale)) return nullptr;
   if (!flatten_rows(x) || !is_writable(gram) || !are_apart(gram, {&x})) return nullptr;
   const auto kernel = [&](int threads) { accumulate_gram(gram, x, scale, threads); };
-  return run(x.numel() * x.shape[1], kernel) ? written(arguments[0]) : nullptr;
+  return run(x.numel() * x.shape[1] / kVector, kernel) ? written(arguments[0]) : nullptr;
 }
 
 // gram, damping, mode, activations, scale; the first attempt alone, and small: a failed attempt is made twice.
@@ -418,10 +429,10 @@ PyObject* direct_change_statistics(Arguments arguments) {
   TensorView before, after;
   if (!read_float(arguments[0], before) || !read_float(arguments[1], after) || before.dims != 2) return nullptr;
   Output columns(wide(before.dtype), before.shape[1]);
-  const Output scalars(DType::f64, 3);
-  const auto kernel = [&](int threads) { change_statistics(columns.view(), scalars.view(), before, after, threads); };
+  double sums[3];
+  const TensorView scalars = vector_of(sums, 3);
+  const auto kernel = [&](int threads) { change_statistics(columns.view(), scalars, before, after, threads); };
   if (!run(before.numel(), kernel)) return nullptr;
-  const auto* sums = static_cast<const double*>(scalars.view().data);
   return tuple_of(columns.release(), scalar(sums[0]), scalar(sums[1]), scalar(sums[2]));
 }
 
@@ -526,12 +537,7 @@ PyObject* direct_edit(Arguments arguments) {
   for (std::size_t i = 0; i < count; ++i) {
     if (after[i].dims != 2) return nullptr;
     const std::int64_t cols = after[i].shape[1];
-    TensorView sums;
-    sums.data = scalars.data() + 3 * i;
-    sums.dtype = DType::f64;
-    sums.dims = 1;
-    sums.shape[0] = 3;
-    sums.stride[0] = 1;
+    const TensorView sums = vector_of(scalars.data() + 3 * i, 3);
     layers[i] = {after[i],
                  before[i],
                  safety[i],

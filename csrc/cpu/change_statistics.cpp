@@ -103,7 +103,8 @@ const Layer& layer_of(const std::vector<Layer>& layers, std::int64_t Layer::* fi
 // Columns [first, stop): sums over groups, and their own sum.
 template <class T>
 double finish_columns(const Layer& layer, const double* column_sums, std::int64_t first, std::int64_t stop) {
-  double sums[kBlock] = {}, change = 0;
+  double sums[kBlock], change = 0;
+  std::fill(sums, sums + (stop - first), 0.0);
   for (std::int64_t group = 0; group < layer.groups; ++group) {
     for (std::int64_t j = first; j < stop; ++j) sums[j - first] += column_sums[group * layer.before.cols + j];
   }
