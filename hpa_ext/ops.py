@@ -364,6 +364,8 @@ def change_statistics(
     column and to the scalars.
     """
     if backend is None and not is_dynamo_compiling() and (answer := direct.change_statistics(before, after)):
+        if isinstance(answer, list):
+            return [ChangeStatistics._make(layer) for layer in answer]
         return ChangeStatistics._make(answer)
     if isinstance(before, (list, tuple)):
         return _change_statistics_list(before, after, backend)

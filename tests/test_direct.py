@@ -277,6 +277,19 @@ LISTS: dict[str, tuple[str, Callable[[], list[Any]]]] = {
         "project_",
         lambda: [[normal(3, 4), normal(2, 1, 2)], [normal(12, 2).T, normal(2, 8)[:, ::2]], 1],
     ),
+    "changes": (
+        "change_statistics",
+        lambda: [[normal(5, 4), normal(3, 7)], (normal(5, 4, seed=1), normal(3, 7, seed=1))],
+    ),
+    "layers to merge": (
+        "merge_",
+        lambda: [
+            [normal(5, 4), normal(3, 7)],
+            (normal(5, 4, seed=1), normal(3, 7, seed=1)),
+            [uniform(4) < 0.5, uniform(7) < 0.5],
+            [0.25, 0.0],
+        ],
+    ),
     "layers to edit": (
         "edit_",
         lambda: [

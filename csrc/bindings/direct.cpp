@@ -103,19 +103,24 @@ bool read(PyObject* object, TensorView& view) {
   return *dtype == DType::boolean || is_falsy(torch.is_neg, &object, 1);
 }
 
-bool read_float(PyObject* object, TensorView& view) { return read(object, view) && view.dtype != DType::boolean; }
+bool is_float(const TensorView& view) { return view.dtype != DType::boolean; }
+bool read_float(PyObject* object, TensorView& view) { return read(object, view) && is_float(view); }
 
 bool is_list(PyObject* object) { return PyList_CheckExact(object) || PyTuple_CheckExact(object); }
 
 // Reads one tensor, or a list or tuple of them.
-bool read_floats(PyObject* object, std::vector<TensorView>& views) {
-  if (!is_list(object)) return read_float(object, views.emplace_back());
+bool read_tensors(PyObject* object, std::vector<TensorView>& views) {
+  if (!is_list(object)) return read(object, views.emplace_back());
   const Py_ssize_t count = PySequence_Fast_GET_SIZE(object);
   views.reserve(static_cast<std::size_t>(count));
   for (Py_ssize_t i = 0; i < count; ++i) {
-    if (!read_float(PySequence_Fast_GET_ITEM(object, i), views.emplace_back())) return false;
+    if (!read(PySequence_Fast_GET_ITEM(object, i), views.emplace_back())) return false;
   }
   return count > 0;
+}
+
+bool read_floats(PyObject* object, std::vector<TensorView>& views) {
+  return read_tensors(object, views) && std::all_of(views.begin(), views.end(), is_float);
 }
 
 bool read(PyObject* object, double& number) {
@@ -424,16 +429,43 @@ PyObject* direct_accumulate_importance(Arguments arguments) {
   return run(elements(importance), kernel) ? written(arguments[0]) : nullptr;
 }
 
-// before, after
+PyObject* statistics_of(Output& column_change, const double sums[3]) {
+  return tuple_of(column_change.release(), scalar(sums[0]), scalar(sums[1]), scalar(sums[2]));
+}
+
+// A list of `count` items, entry(i) each, which are taken over; nullptr with a Python exception where one is missing.
+template <class Entry>
+PyObject* list_of(std::size_t count, const Entry& entry) {
+  PyObject* list = PyList_New(static_cast<Py_ssize_t>(count));
+  for (std::size_t i = 0; list != nullptr && i < count; ++i) {
+    PyObject* item = entry(i);
+    if (item == nullptr) {
+      Py_CLEAR(list);
+    } else {
+      PyList_SET_ITEM(list, static_cast<Py_ssize_t>(i), item);
+    }
+  }
+  return list;
+}
+
+// before, after: one layer, or a list of them and a list for an answer
 PyObject* direct_change_statistics(Arguments arguments) {
-  TensorView before, after;
-  if (!read_float(arguments[0], before) || !read_float(arguments[1], after) || before.dims != 2) return nullptr;
-  Output columns(wide(before.dtype), before.shape[1]);
-  double sums[3];
-  const TensorView scalars = vector_of(sums, 3);
-  const auto kernel = [&](int threads) { change_statistics(columns.view(), scalars, before, after, threads); };
-  if (!run(before.numel(), kernel)) return nullptr;
-  return tuple_of(columns.release(), scalar(sums[0]), scalar(sums[1]), scalar(sums[2]));
+  std::vector<TensorView> before, after;
+  if (is_list(arguments[0]) != is_list(arguments[1]) || !read_floats(arguments[0], before) ||
+      !read_floats(arguments[1], after) || before.size() != after.size()) {
+    return nullptr;
+  }
+  std::deque<Output> columns;
+  std::vector<double> sums(3 * before.size());
+  std::vector<ChangeLayer> layers;
+  for (std::size_t i = 0; i < before.size(); ++i) {
+    if (before[i].dims != 2) return nullptr;
+    const Output& column_change = columns.emplace_back(wide(before[i].dtype), before[i].shape[1]);
+    layers.push_back({column_change.view(), vector_of(sums.data() + 3 * i, 3), before[i], after[i]});
+  }
+  if (!run(elements(before), [&](int threads) { change_statistics(layers, threads); })) return nullptr;
+  const auto entry = [&](std::size_t i) { return statistics_of(columns[i], sums.data() + 3 * i); };
+  return is_list(arguments[0]) ? list_of(layers.size(), entry) : entry(0);
 }
 
 // alpha, mode, alpha_mode, alpha_sign, overflow, phi_norm
@@ -467,44 +499,48 @@ PyObject* direct_balanced_mask(Arguments arguments) {
                   PyLong_FromLongLong(result.kept_safety_only), PyLong_FromLongLong(result.kept_overlap));
 }
 
-// after, before, mask, projection
-PyObject* direct_merge(Arguments arguments) {
-  TensorView after, before, mask;
-  double projection = 0;
-  if (!read_float(arguments[0], after) || !read_float(arguments[1], before) || !read(arguments[2], mask) ||
-      !read(arguments[3], projection)) {
-    return nullptr;
-  }
-  if (!is_writable(after) || !are_apart(after, {&before, &mask})) return nullptr;
-  const auto kernel = [&](int threads) { merge(after, before, mask, projection, threads); };
-  return run(after.numel(), kernel) ? written(arguments[0]) : nullptr;
-}
-
-// One count, or a list of them, for `size` layers.
-bool read_counts(PyObject* object, std::size_t size, std::vector<std::int64_t>& counts) {
-  counts.resize(size);
+// One number, or a list of them, for `size` layers.
+template <class Number>
+bool read_numbers(PyObject* object, std::size_t size, std::vector<Number>& numbers) {
+  numbers.resize(size);
   if (!is_list(object)) {
-    if (!read(object, counts[0])) return false;
-    std::fill(counts.begin(), counts.end(), counts[0]);
+    if (!read(object, numbers[0])) return false;
+    std::fill(numbers.begin(), numbers.end(), numbers[0]);
     return true;
   }
   if (static_cast<std::size_t>(PySequence_Fast_GET_SIZE(object)) != size) return false;
   for (std::size_t i = 0; i < size; ++i) {
-    if (!read(PySequence_Fast_GET_ITEM(object, static_cast<Py_ssize_t>(i)), counts[i])) return false;
+    if (!read(PySequence_Fast_GET_ITEM(object, static_cast<Py_ssize_t>(i)), numbers[i])) return false;
   }
   return true;
+}
+
+// after, before, mask, projection
+PyObject* direct_merge(Arguments arguments) {
+  std::vector<TensorView> after, before, mask;
+  std::vector<double> projection;
+  const bool several = is_list(arguments[0]);
+  if (is_list(arguments[1]) != several || is_list(arguments[2]) != several || (is_list(arguments[3]) && !several) ||
+      !read_floats(arguments[0], after) || !read_floats(arguments[1], before) || !read_tensors(arguments[2], mask) ||
+      before.size() != after.size() || mask.size() != after.size() ||
+      !read_numbers(arguments[3], after.size(), projection) || !std::all_of(after.begin(), after.end(), is_writable) ||
+      !are_apart(after, {&before, &mask})) {
+    return nullptr;
+  }
+  std::vector<MergeLayer> layers;
+  for (std::size_t i = 0; i < after.size(); ++i) layers.push_back({after[i], before[i], mask[i], projection[i]});
+  return run(elements(after), [&](int threads) { merge(layers, threads); }) ? written(arguments[0]) : nullptr;
 }
 
 // What Edit in ops.py is made of: its fields but the last, and those of the last.
 PyObject* edit_of(const EditLayer& layer, Output& mask, Output& column_change) {
   const Selection& chosen = layer.selection;
-  const auto* sums = static_cast<const double*>(layer.scalars.data);
   return tuple_of(
       tuple_of(mask.release(), PyFloat_FromDouble(chosen.alpha), PyFloat_FromDouble(chosen.log_ratio),
                PyLong_FromLongLong(chosen.overlap), PyLong_FromLongLong(chosen.kept_safety_only + chosen.kept_overlap),
                PyLong_FromLongLong(chosen.kept_safety_only), PyLong_FromLongLong(chosen.kept_overlap),
                PyFloat_FromDouble(layer.projection)),
-      tuple_of(column_change.release(), scalar(sums[0]), scalar(sums[1]), scalar(sums[2])));
+      statistics_of(column_change, static_cast<const double*>(layer.scalars.data)));
 }
 
 constexpr Choice<bool> kAdjustments[] = {{"fro", true}, {"off", false}};
@@ -527,7 +563,7 @@ PyObject* direct_edit(Arguments arguments) {
   }
   if (!several && (is_list(arguments[4]) || is_list(arguments[5]))) return nullptr;
   if (before.size() != count || safety.size() != count || task.size() != count ||
-      !read_counts(arguments[4], count, keep) || !read_counts(arguments[5], count, focus) ||
+      !read_numbers(arguments[4], count, keep) || !read_numbers(arguments[5], count, focus) ||
       !std::all_of(after.begin(), after.end(), is_writable) || !are_apart(after, {&before, &safety, &task})) {
     return nullptr;
   }
@@ -552,21 +588,17 @@ PyObject* direct_edit(Arguments arguments) {
   if (!run(elements(after), [&](int threads) { done = edit(layers, options, adjusts, threads); }) || done == 0) {
     return nullptr;
   }
-  PyObject* edits = PyList_New(static_cast<Py_ssize_t>(done));
   PyObject* changed = PyList_New(0);
-  bool good = edits != nullptr && changed != nullptr;
+  bool good = changed != nullptr;
   for (std::size_t i = 0; good && i < done; ++i) {
-    const auto place = static_cast<Py_ssize_t>(i);
-    PyObject* one = edit_of(layers[i], masks[i], column_changes[i]);
-    if (one != nullptr) PyList_SET_ITEM(edits, place, one);
-    PyObject* weight = several ? PySequence_Fast_GET_ITEM(arguments[0], place) : arguments[0];
-    good = one != nullptr && (!layers[i].is_changed() || PyList_Append(changed, weight) == 0);
+    PyObject* weight = several ? PySequence_Fast_GET_ITEM(arguments[0], static_cast<Py_ssize_t>(i)) : arguments[0];
+    good = !layers[i].is_changed() || PyList_Append(changed, weight) == 0;
   }
   PyObject* marked = good ? written(changed) : nullptr;
   Py_XDECREF(changed);
-  if (marked == nullptr) Py_CLEAR(edits);
-  Py_XDECREF(marked);
-  return edits;
+  if (marked == nullptr) return nullptr;
+  Py_DECREF(marked);
+  return list_of(done, [&](std::size_t i) { return edit_of(layers[i], masks[i], column_changes[i]); });
 }
 
 // One vector's slice as the matrix [1, *shape] that the kernel reads, its basis [rank, numel] as [rank, *shape].

@@ -29,11 +29,19 @@ constexpr std::int64_t kLineVectors = 64 / static_cast<std::int64_t>(sizeof(type
 template <class Format, class T>
 constexpr std::int64_t kTileVectors = kLineVectors<Format, T> < 4 ? kLineVectors<Format, T> : 4;
 
-// Asks for a row of a tile that comes a little later, which the prefetchers of a core with several rows open may miss:
-// 4 lines, which is worth a tenth on Zen 3 and loses as much again at 16.
-HPA_INLINE void fetch_ahead(const void* row) {
-  constexpr std::uintptr_t bytes = 256;  // added to a number: the place may lie beyond the array
-  __builtin_prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(row) + bytes));
+// Bytes from a tile to what comes a little later in its rows, which the prefetchers of a core with several rows open may
+// miss: 4 lines, which is worth a tenth on Zen 3 and loses as much again at 16.  At the end of a band of `rows` rows that
+// is the beginning of the next band: rows of 2 KB would else begin with misses, which halves their speed.
+template <class Bits>
+HPA_INLINE std::int64_t bytes_ahead(std::int64_t j, std::int64_t cols, std::int64_t stride, std::int64_t rows) {
+  constexpr std::int64_t bytes = 256, size = sizeof(Bits);
+  return j * size + bytes < cols * size ? bytes : bytes + (rows * stride - cols) * size;
+}
+
+HPA_INLINE void fetch_ahead(const void* row, std::int64_t bytes) {
+  // Added to a number: the place may lie beyond the array.
+  __builtin_prefetch(
+      reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(row) + static_cast<std::uintptr_t>(bytes)));
 }
 
 // ---- Change statistics ----
@@ -52,14 +60,14 @@ HPA_INLINE void add_lanes(V<float> value, double* sums) {
 // One tile: its sums stay in registers, chains of kRows multiply-adds, and are then added to the double ones.
 template <class Format, class T, std::int64_t kRows>
 HPA_INLINE void change_tile(const typename Format::Bits* before, std::int64_t before_stride,
-                            const typename Format::Bits* after, std::int64_t after_stride, double* column,
-                            double* dot_lanes, double* square_lanes) {
+                            const typename Format::Bits* after, std::int64_t after_stride, std::int64_t before_ahead,
+                            std::int64_t after_ahead, double* column, double* dot_lanes, double* square_lanes) {
   constexpr std::int64_t n = kTileVectors<Format, T>, w = Vector<T>::width;
   V<T> change[n] = {}, dot[n] = {}, square[n] = {};
 #pragma GCC unroll 8
   for (std::int64_t row = 0; row < kRows; ++row, before += before_stride, after += after_stride) {
-    fetch_ahead(before);
-    fetch_ahead(after);
+    fetch_ahead(before, before_ahead);
+    fetch_ahead(after, after_ahead);
 #pragma GCC unroll 4
     for (std::int64_t v = 0; v < n; ++v) {
       const V<T> old = read_wide<Format, T>(before + v * w);
@@ -86,8 +94,9 @@ HPA_INLINE void change_rows(const typename Format::Bits* before, std::int64_t be
   constexpr std::int64_t tile = kTileVectors<Format, T> * Vector<T>::width;
   std::int64_t j = 0;
   for (; j + tile <= cols; j += tile) {
-    change_tile<Format, T, kRows>(before + j, before_stride, after + j, after_stride, column + j, dot_lanes,
-                                  square_lanes);
+    change_tile<Format, T, kRows>(before + j, before_stride, after + j, after_stride,
+                                  bytes_ahead<Bits>(j, cols, before_stride, kRows),
+                                  bytes_ahead<Bits>(j, cols, after_stride, kRows), column + j, dot_lanes, square_lanes);
   }
   if (j == cols) return;
   // The last columns, beside zeros, which add nothing.
@@ -99,7 +108,7 @@ HPA_INLINE void change_rows(const typename Format::Bits* before, std::int64_t be
       changed[row * tile + k] = after[row * after_stride + j + k];
     }
   }
-  change_tile<Format, T, kRows>(old, tile, changed, tile, sums, dot_lanes, square_lanes);
+  change_tile<Format, T, kRows>(old, tile, changed, tile, 0, 0, sums, dot_lanes, square_lanes);
   for (std::int64_t k = 0; k < cols - j; ++k) column[j + k] += sums[k];
 }
 
@@ -131,15 +140,16 @@ constexpr std::int64_t kMergeRows = 4;
 // Kept elements are moved, never computed with, so that they stay the same bits.
 template <class Format, class T, std::int64_t kRows, bool kProject>
 HPA_INLINE void merge_tile(typename Format::Bits* after, std::int64_t after_stride, const typename Format::Bits* before,
-                           std::int64_t before_stride, const typename Stored<Format, T>::Word* mask, T projection) {
+                           std::int64_t before_stride, std::int64_t after_ahead, std::int64_t before_ahead,
+                           const typename Stored<Format, T>::Word* mask, T projection) {
   using Store = Stored<Format, T>;
   constexpr std::int64_t n = kTileVectors<Format, T>, w = Vector<T>::width;
   typename Store::type kept[n];
   for (std::int64_t v = 0; v < n; ++v) kept[v] = Store::read(mask + v * w);
 #pragma GCC unroll 4
   for (std::int64_t row = 0; row < kRows; ++row, after += after_stride, before += before_stride) {
-    fetch_ahead(after);
-    fetch_ahead(before);
+    fetch_ahead(after, after_ahead);
+    fetch_ahead(before, before_ahead);
 #pragma GCC unroll 4
     for (std::int64_t v = 0; v < n; ++v) {
       const typename Store::type old = Store::read(before + v * w);
@@ -154,13 +164,15 @@ HPA_INLINE void merge_tile(typename Format::Bits* after, std::int64_t after_stri
 
 template <class Format, class T, std::int64_t kRows, bool kProject>
 HPA_INLINE void merge_rows(typename Format::Bits* after, std::int64_t after_stride, const typename Format::Bits* before,
-                           std::int64_t before_stride, std::int64_t cols,
-                           const typename Stored<Format, T>::Word* mask, T projection) {
+                           std::int64_t before_stride, std::int64_t cols, const typename Stored<Format, T>::Word* mask,
+                           T projection) {
   using Bits = typename Format::Bits;
   constexpr std::int64_t tile = kTileVectors<Format, T> * Vector<T>::width;
   std::int64_t j = 0;
   for (; j + tile <= cols; j += tile) {
-    merge_tile<Format, T, kRows, kProject>(after + j, after_stride, before + j, before_stride, mask + j, projection);
+    merge_tile<Format, T, kRows, kProject>(after + j, after_stride, before + j, before_stride,
+                                           bytes_ahead<Bits>(j, cols, after_stride, kRows),
+                                           bytes_ahead<Bits>(j, cols, before_stride, kRows), mask + j, projection);
   }
   if (j == cols) return;
   // The last columns, in a tile of their own.
@@ -172,7 +184,7 @@ HPA_INLINE void merge_rows(typename Format::Bits* after, std::int64_t after_stri
     __builtin_memcpy(to + row * tile, after + row * after_stride + j, bytes);
     __builtin_memcpy(old + row * tile, before + row * before_stride + j, bytes);
   }
-  merge_tile<Format, T, kRows, kProject>(to, tile, old, tile, kept, projection);
+  merge_tile<Format, T, kRows, kProject>(to, tile, old, tile, 0, 0, kept, projection);
   for (std::int64_t row = 0; row < kRows; ++row) {
     __builtin_memcpy(after + row * after_stride + j, to + row * tile, bytes);
   }
