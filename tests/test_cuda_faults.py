@@ -26,13 +26,21 @@ SMALL = """(dtype0 and contiguous and not every and (65-264 or 300-70))
     or (test_orthonormalize and contiguous and (11-300 or 5-60)) or bad_row
     or (balanced_mask and 300 and dtype0 and (options0 or options2)) or refuses"""
 
+# One or two of each kernel, with more than one block where blocks meet: the thread sanitizer takes a second for each
+# thousand threads.
+SMALLER = """(contiguous and dtype0 and not every and (test_change_statistics and 300-70 or test_merge and 65-264-0.37))
+    or (contiguous and dtypes1 and (taylor or 2-2049-33)) or (test_accumulate_gram and 70-65 and contiguous)
+    or (test_inverse_diagonal and 33 and exact and dtype0) or (test_orthonormalize and 1-1-0 and contiguous)
+    or (balanced_mask and 300 and dtype0 and options0)"""
+
 
 def run(tests: str, sanitizer: str = "", kernels: Path | None = None) -> tuple[int, str]:
     """Exit status and output of these tests of test_cuda_kernels.py in a process of their own."""
     environment = {**os.environ, **build.environment(sanitizer), "OMP_NUM_THREADS": "1"}
     if kernels is not None:
         environment["HPA_CUDA_EMULATION_KERNELS"] = str(kernels)
-    plugins = ["-p", "no:cacheprovider", "-p", "no:xdist"]
+    # The limit of time is the caller's: the first test of a process waits for the compiler.
+    plugins = ["-p", "no:cacheprovider", "-p", "no:xdist", "-o", "timeout=0"]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-s", *plugins, "-k", " ".join(tests.split())]
     ran = subprocess.run(
         [*command, str(HERE / "test_cuda_kernels.py")], env=environment, capture_output=True, text=True, cwd=HERE.parent
@@ -45,10 +53,23 @@ def test_no_access_out_of_bounds_and_no_undefined_behaviour() -> None:
     assert status == 0, output[-6000:]
 
 
+def test_no_data_race() -> None:
+    status, output = run(SMALLER, "thread")
+    assert status == 0, output[-6000:]
+
+
 FAULTS = {
     "a barrier is missing": (
         ("change_statistics.cu", "__syncthreads();\n\n  // Warps in their order", "// Warps in their order"),
         ("", "test_change_statistics and 300-70", "AssertionError"),
+    ),
+    "a barrier is missing where the result may be right all the same": (
+        ("change_statistics.cu", "__syncthreads();\n\n  // Warps in their order", "// Warps in their order"),
+        ("thread", "test_change_statistics and 300-70 and contiguous and dtype0", "ThreadSanitizer: data race"),
+    ),
+    "a fence is missing": (
+        ("change_statistics.cu", '#include "launch.cuh"', '#define __threadfence() ((void)0)\n#include "launch.cuh"'),
+        ("thread", "test_change_statistics and 300-70 and contiguous and dtype0", "ThreadSanitizer: data race"),
     ),
     "shared memory is not initialised": (
         ("change_statistics.cu", "if (lane == 0) warp_totals[", "if (lane == 0 && warp > 0) warp_totals["),

@@ -79,6 +79,7 @@ struct Fiber {
   std::uint64_t value = 0;
   int parity = 0;  // which of the two result arrays of the warp the next exchange uses
   std::vector<std::vector<Copy>> copies;
+  int barriers = 0;                    // that it has come to
   char clock = 0;                      // what this thread has done before its last fence
   std::set<char*> seen;                // clocks of threads whose atomic operations came before one of ours
   void* sanitizer = nullptr;
@@ -100,13 +101,20 @@ const std::function<void()>* body = nullptr;
 std::map<int, void*> shared;
 std::unique_ptr<char[]> arena;
 std::size_t arena_used = 0, shared_used = 0;
-char barrier_clock = 0, grid_clock = 0;
+// Two for each block: a barrier and the next one take turns, since a thread can be at the next one before another has
+// left this one.  What a block's barriers order, they order in that block alone.
+std::unique_ptr<std::uint64_t[]> barrier_clocks;
+// What passes from thread to thread of a block at a barrier: fences that came before, and atomic operations seen.
+std::set<char*> fenced_before, seen_before;
+char grid_clock = 0;
 std::map<const void*, std::set<char*>> atomics;  // clocks of the threads that touched an address
 #if defined(HPA_EMULATION_TSAN)
 void* scheduler_fiber = nullptr;
 // Kept until the grid is done, for their clocks; and because giving memory back would be an access to it.
 std::vector<std::unique_ptr<Fiber>> retired;
+int unburied = 0;
 std::vector<std::unique_ptr<char[]>> retired_arenas;
+std::vector<std::unique_ptr<std::uint64_t[]>> retired_clocks;
 #endif
 #if defined(HPA_EMULATION_ASAN)
 const void* scheduler_stack = nullptr;
@@ -200,10 +208,28 @@ bool complete_exchange(int thread) {
   return true;
 }
 
+#if defined(HPA_EMULATION_TSAN)
+// Not before the grid is done, if it can be: the number of a thread that is gone goes to a new one, which then seems to
+// have written what the old one wrote.  The sanitizer has numbers for 8128 threads.
+void bury() {
+  for (const auto& fiber : retired) {
+    if (fiber->sanitizer != nullptr) __tsan_destroy_fiber(std::exchange(fiber->sanitizer, nullptr));
+  }
+  unburied = 0;
+}
+#endif
+
 void run_block() {
+#if defined(HPA_EMULATION_TSAN)
+  if (unburied + threads > 7000) bury();
+  unburied += threads;
+#endif
   // Poisoned: NaN as floats, -1 as integers.  A new arena a block, as blocks share no shared memory.
   arena = std::make_unique_for_overwrite<char[]>(kArena);
   std::memset(arena.get(), 0xff, kArena);
+  barrier_clocks = std::make_unique<std::uint64_t[]>(2);
+  fenced_before.clear();
+  seen_before.clear();
   shared.clear();
   arena_used = shared_used = 0;
 #if defined(HPA_EMULATION_ASAN)
@@ -218,6 +244,7 @@ void run_block() {
     Fiber& fiber = *fibers[static_cast<std::size_t>(i)];
     fiber.state = State::ready;
     fiber.parity = 0;
+    fiber.barriers = 0;
     fiber.copies.clear();
     fiber.seen.clear();
 #if defined(HPA_EMULATION_ASAN)
@@ -263,8 +290,8 @@ void run_block() {
     }
   }
 #if defined(HPA_EMULATION_TSAN)
-  for (int i = 0; i < threads; ++i) __tsan_destroy_fiber(fibers[static_cast<std::size_t>(i)]->sanitizer);
   retired_arenas.push_back(std::move(arena));
+  retired_clocks.push_back(std::move(barrier_clocks));
   // Another block's threads are other threads, with clocks of their own.
   for (auto& fiber : fibers) retired.push_back(std::move(fiber));
   fibers.clear();
@@ -297,8 +324,10 @@ void run(dim3 grid, dim3 block, const std::function<void()>& kernel) {
   acquire(&grid_clock);  // the next kernel of the stream sees all of this one
   atomics.clear();
 #if defined(HPA_EMULATION_TSAN)
+  bury();
   retired.clear();
   retired_arenas.clear();
+  retired_clocks.clear();
 #endif
 }
 
@@ -341,9 +370,14 @@ void* shared_memory(int key, std::size_t bytes) {
 }
 
 void barrier() {
-  release(&barrier_clock);
+  Fiber& fiber = self();
+  auto* clock = reinterpret_cast<char*>(&barrier_clocks[fiber.barriers++ % 2]);
+  if (fiber.clock != 0) fenced_before.insert(&fiber.clock);
+  seen_before.insert(fiber.seen.begin(), fiber.seen.end());
+  release(clock);
   to_scheduler(State::barrier);
-  acquire(&barrier_clock);
+  acquire(clock);
+  fiber.seen.insert(seen_before.begin(), seen_before.end());
 }
 
 const std::uint64_t* exchange(unsigned mask, int operation, std::uint64_t value) {
@@ -367,7 +401,8 @@ void check_aligned(const void* address, std::size_t bytes) {
 }
 
 // Two threads are ordered by fences around atomic operations on one address: what the first did before its fence is
-// visible to the second after its fence.
+// visible to the second after its fence.  Fences are sequentially consistent, so that barriers may lie between a fence
+// and the atomic operation, which another thread of the block then does for all.
 void fence() {
   Fiber& fiber = self();
   for (char* clock : fiber.seen) acquire(clock);
@@ -381,6 +416,7 @@ void atomic_access(const void* address) {
   std::set<char*>& clocks = atomics[address];
   fiber.seen.insert(clocks.begin(), clocks.end());
   if (fiber.clock != 0) clocks.insert(&fiber.clock);
+  clocks.insert(fenced_before.begin(), fenced_before.end());
 }
 
 void copy_later(void* to, const void* from, int valid) {
