@@ -34,6 +34,7 @@ from hpa.checkpoint.files import (
 )
 from hpa.checkpoint.names import expert_input
 from hpa.checkpoint.stream import HashedFile
+from hpa.gram import whole
 from hpa.layers import InputStatistics
 from hpa.triangle import Triangle, pack
 
@@ -241,8 +242,7 @@ class StatisticsWriter:
 def _vectors(gram: Tensor, energy: float) -> tuple[Tensor | None, float]:
     """Rows ``v`` with ``sum v v' ~ H`` that hold ``energy`` of its trace, where they are fewer numbers than the
     triangle; and the share they hold."""
-    lower = gram.double().tril()
-    values, basis = torch.linalg.eigh(lower + lower.tril(-1).T)
+    values, basis = torch.linalg.eigh(whole(gram.double().tril()))
     values, basis = values.flip(0).clamp_min(0), basis.flip(1)
     total = float(values.sum())
     held = torch.cumsum(values, 0) / total

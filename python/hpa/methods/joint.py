@@ -9,18 +9,15 @@ from __future__ import annotations
 
 from typing import ClassVar, Literal
 
-from hpa.columns import keep_as_learned, measure, measured_numbers
-from hpa.layers import InputStatistics, LayerChange, LayerEdit
-from hpa.methods.base import Kind, Method
+from hpa.methods.seqft import SeqFT
 
 __all__ = ["Joint"]
 
 
-class Joint(Method):
+class Joint(SeqFT):
     """All tasks so far are trained together, from the aligned model; no edit."""
 
     name: ClassVar[str] = "joint"
-    kind: ClassVar[Kind] = "training"
     only_trains: ClassVar[bool] = True
 
     @property
@@ -30,14 +27,3 @@ class Joint(Method):
     @property
     def trains_on(self) -> Literal["task", "tasks so far"]:
         return "tasks so far"
-
-    def edit_layer(
-        self,
-        change: LayerChange,
-        safety: InputStatistics | None,
-        task: InputStatistics | None,
-        *,
-        task_index: int,
-        seed: int,
-    ) -> LayerEdit:
-        return keep_as_learned(change, numbers=measured_numbers(measure(change)))

@@ -24,12 +24,10 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from hpa.columns import keep_as_learned, measure, measured_numbers
 from hpa.config import CalibrationConfig
-from hpa.layers import InputStatistics, LayerChange, LayerEdit, Number
-from hpa.methods.base import Method, check_strength
-from hpa.methods.obs import InverseFactor
-from hpa.updates import dense, vector_of
+from hpa.layers import LayerChange, Number
+from hpa.methods.base import check_strength
+from hpa.methods.obs import Compensating
 
 __all__ = ["ModelTailor", "ModelTailorConfig", "model_tailor_weight"]
 
@@ -53,17 +51,14 @@ class ModelTailorConfig(CalibrationConfig):
     )
 
 
-class ModelTailor(Method):
+class ModelTailor(Compensating):
     """Most tuned weights return, those that the task needs stay, and make good what it loses."""
 
     name: ClassVar[str] = "model_tailor"
     Config: ClassVar[type[BaseModel]] = ModelTailorConfig
     config: ModelTailorConfig
+    inputs = "task"
     needs = frozenset({"task_gram"})
-
-    def __init__(self, config: BaseModel | None = None) -> None:
-        super().__init__(config)
-        self._factor = InverseFactor()
 
     def at_strength(self, strength: float) -> ModelTailor:
         """The share ``1 - sparsity`` that stays tuned over ``strength``, at most all."""
@@ -71,38 +66,13 @@ class ModelTailor(Method):
         sparsity = max(0.0, 1.0 - (1.0 - self.config.sparsity) / strength)
         return type(self)(self.config.model_copy(update={"sparsity": sparsity}))
 
-    def edit_layer(
-        self,
-        change: LayerChange,
-        safety: InputStatistics | None,
-        task: InputStatistics | None,
-        *,
-        task_index: int,
-        seed: int,
-    ) -> LayerEdit:
-        if task is None:
-            raise ValueError(f"layer {change.label}: method 'model_tailor' needs task statistics, got none")
-        statistics = measure(change)
-        numbers: dict[str, Number] = measured_numbers(statistics)
-        if not bool(statistics.column_change.any()):
-            return keep_as_learned(change, "no change", numbers)
-        if change.block and (change.block - 1) / change.blocks < self.config.from_depth:
-            return keep_as_learned(change, "before the depth that is edited", numbers)
-        if task.zero:
-            return keep_as_learned(change, "no task activations", numbers)
-        factor, damping = self._factor.of("task", task, self.config.damping, change.label, change.cols)
-        before = change.before.double()
-        update = dense(vector_of(change.before, change.update)).double()
-        weight, reverted = model_tailor_weight(before, before + update, factor, self.config)
-        numbers |= {
-            "reverted": reverted,
-            "update_left": float((weight - before).square().sum() / update.square().sum()),
-            "task_damping": damping,
-        }
-        return LayerEdit(numbers, weight=weight.to(change.before.dtype))
+    def stays_tuned(self, change: LayerChange) -> str | None:
+        before = bool(change.block) and (change.block - 1) / change.blocks < self.config.from_depth
+        return "before the depth that is edited" if before else None
 
-    def finish_task(self) -> None:
-        self._factor = InverseFactor()
+    def settle(self, before: Tensor, after: Tensor, factor: Tensor) -> tuple[Tensor, dict[str, Number]]:
+        weight, reverted = model_tailor_weight(before, after, factor, self.config)
+        return weight, {"reverted": reverted}
 
 
 def model_tailor_weight(

@@ -10,14 +10,22 @@ from __future__ import annotations
 
 import math
 import warnings
+from abc import abstractmethod
+from typing import ClassVar, Literal
 
 import torch
+from pydantic import BaseModel
 from torch import Tensor
 
-from hpa.layers import InputStatistics
+from hpa.columns import keep_as_learned, measure, measured_numbers
+from hpa.config import CalibrationConfig
+from hpa.gram import check_gram, damped_cholesky, whole
+from hpa.layers import InputStatistics, LayerChange, LayerEdit, Number
+from hpa.methods.base import Method
+from hpa.updates import dense, vector_of
 from hpa_ext import DampingWarning, FactorizationError
 
-__all__ = ["InverseFactor", "inverse_factor"]
+__all__ = ["Compensating", "InverseFactor", "inverse_factor"]
 
 
 def inverse_factor(gram: Tensor, damping: float, label: str) -> tuple[Tensor, float]:
@@ -37,21 +45,12 @@ def inverse_factor(gram: Tensor, damping: float, label: str) -> tuple[Tensor, fl
     if not math.isfinite(mean):
         raise ValueError(f"layer {label}: the Gram matrix of its input is not finite")
     # J H J = L L' with J the reversal gives H = R R', R = J L J upper, and U = R^-1 = J L^-1 J.
-    whole = (lower + lower.tril(-1).T).flip(0, 1)
-    tried, added = damping, 0.0
-    while True:
-        whole.diagonal().add_(tried * mean - added)
-        added = tried * mean
-        factor, failed = torch.linalg.cholesky_ex(whole)
-        if not int(failed):
-            break
-        if tried * 10 > 1.0 + 1e-6:
-            raise FactorizationError(f"layer {label}: H is not positive definite, even with damping {tried:g}")
-        tried *= 10
+    factor, tried = damped_cholesky(whole(lower).flip(0, 1), mean, damping)
+    if factor is None:
+        raise FactorizationError(f"layer {label}: H is not positive definite, even with damping {tried:g}")
     if tried != damping:
         message = f"layer {label}: H not positive definite with damping {damping:g}; used {tried:g}"
         warnings.warn(message, DampingWarning, stacklevel=3)
-    del whole
     identity = torch.eye(len(factor), dtype=torch.float64, device=factor.device)
     return torch.linalg.solve_triangular(factor, identity, upper=False).flip(0, 1), tried
 
@@ -75,9 +74,66 @@ class InverseFactor:
         self._held = None  # its memory is free before the next is made
         if statistics.gram is None:
             raise ValueError(f"layer {label}: needs the {which} Gram matrix, got none")
-        if tuple(statistics.gram.shape) != (cols, cols):
-            found = tuple(statistics.gram.shape)
-            raise ValueError(f"layer {label}: {which} gram: expected [{cols}, {cols}], got {found}")
+        check_gram(statistics.gram, which, label, cols)
         factor, used = inverse_factor(statistics.gram, damping, label)
         self._held = (statistics, factor, used)
         return factor, used
+
+
+class Compensating(Method):
+    """A method that settles a weight entry by entry, where what is left makes good what has been settled."""
+
+    config: CalibrationConfig
+    inputs: ClassVar[Literal["safety", "task"]]
+    """The set whose inputs say what an entry costs; its Gram matrix is needed."""
+
+    def __init__(self, config: BaseModel | None = None) -> None:
+        super().__init__(config)
+        self._factor = InverseFactor()
+
+    @abstractmethod
+    def settle(self, before: Tensor, after: Tensor, factor: Tensor) -> tuple[Tensor, dict[str, Number]]:
+        """The edited weight and what to report of it.
+
+        Args:
+            before, after: ``[rows, cols]`` float64.
+            factor: U ``[cols, cols]``.
+        """
+
+    def stays_tuned(self, change: LayerChange) -> str | None:
+        """Why this layer is kept as learned; ``None``: it is edited."""
+        return None
+
+    def edit_layer(
+        self,
+        change: LayerChange,
+        safety: InputStatistics | None,
+        task: InputStatistics | None,
+        *,
+        task_index: int,
+        seed: int,
+    ) -> LayerEdit:
+        seen = safety if self.inputs == "safety" else task
+        if seen is None:
+            raise ValueError(f"layer {change.label}: method '{self.name}' needs {self.inputs} statistics, got none")
+        statistics = measure(change)
+        numbers: dict[str, Number] = measured_numbers(statistics)
+        if not bool(statistics.column_change.any()):
+            return keep_as_learned(change, "no change", numbers)
+        if reason := self.stays_tuned(change):
+            return keep_as_learned(change, reason, numbers)
+        if seen.zero:
+            return keep_as_learned(change, f"no {self.inputs} activations", numbers)
+        factor, damping = self._factor.of(self.inputs, seen, self.config.damping, change.label, change.cols)
+        before = change.before.double()
+        update = dense(vector_of(change.before, change.update)).double()
+        weight, settled = self.settle(before, before + update, factor)
+        numbers |= {
+            **settled,
+            "update_left": float((weight - before).square().sum() / update.square().sum()),
+            f"{self.inputs}_damping": damping,
+        }
+        return LayerEdit(numbers, weight=weight.to(change.before.dtype))
+
+    def finish_task(self) -> None:
+        self._factor = InverseFactor()

@@ -30,6 +30,7 @@ from torch import Tensor
 
 from hpa.columns import keep_as_learned, measure, measured_numbers
 from hpa.config import CalibrationConfig
+from hpa.gram import check_gram, damped_cholesky, whole
 from hpa.layers import InputStatistics, LayerChange, LayerEdit, LowRankUpdate, Number
 from hpa.methods.base import check_strength
 from hpa.methods.merging import RemembersUpdates
@@ -144,7 +145,7 @@ class RegMean(RemembersUpdates):
         if packed is not None:
             if packed.numel() != change.cols * (change.cols + 1) // 2:
                 raise ValueError(f"layer {change.label}: the past of its input is for another width than {change.cols}")
-            total += _whole(unpack(packed.to(total.device), change.cols))
+            total += whole(unpack(packed.to(total.device), change.cols).double())
         if self.goes_on:
             self._pending_grams[change.input_key] = pack(gram)
         self._solver = _Solver.of(change, safety, task, gram, total, self.config.ridge)
@@ -157,14 +158,12 @@ class RegMean(RemembersUpdates):
             if not statistics.zero:
                 raise ValueError(f"layer {change.label}: method 'regmean' needs the {which} Gram matrix, got none")
             return torch.zeros(cols, cols, dtype=torch.float64, device=device)
-        if tuple(statistics.gram.shape) != (cols, cols):
-            found = tuple(statistics.gram.shape)
-            raise ValueError(f"layer {change.label}: {which} gram: expected [{cols}, {cols}], got {found}")
-        whole = _whole(statistics.gram.to(device).tril())
-        diagonal = whole.diagonal().clone()
-        whole *= self.config.alpha
-        whole.diagonal().copy_(diagonal)
-        return whole
+        check_gram(statistics.gram, which, change.label, cols)
+        shrunk = whole(statistics.gram.to(device).tril().double())
+        diagonal = shrunk.diagonal().clone()
+        shrunk *= self.config.alpha
+        shrunk.diagonal().copy_(diagonal)
+        return shrunk
 
 
 class _Solver:
@@ -200,16 +199,9 @@ class _Solver:
             raise ValueError(f"layer {change.label}: the Gram matrices of its input are not finite")
         if mean == 0.0:
             return cls(change, safety, task, gram, None, ridge)
-        tried, put = ridge, 0.0
-        while True:
-            total.diagonal().add_(tried * mean - put)
-            put = tried * mean
-            factor, failed = torch.linalg.cholesky_ex(total)
-            if not int(failed):
-                break
-            if tried * 10 > 1.0 + 1e-6:
-                raise FactorizationError(f"layer {change.label}: the sum of Gram matrices is not positive definite")
-            tried *= 10
+        factor, tried = damped_cholesky(total, mean, ridge)
+        if factor is None:
+            raise FactorizationError(f"layer {change.label}: the sum of Gram matrices is not positive definite")
         if tried != ridge:
             message = f"layer {change.label}: Gram matrices not positive definite with ridge {ridge:g}; used {tried:g}"
             warnings.warn(message, DampingWarning, stacklevel=4)
@@ -228,8 +220,3 @@ def _times(vector: Vector, gram: Tensor) -> Vector:
     rows = vector.A if isinstance(vector, LowRankUpdate) else vector
     product = (rows.double() @ gram).to(torch.promote_types(rows.dtype, torch.float32))
     return replace(vector, A=product) if isinstance(vector, LowRankUpdate) else product
-
-
-def _whole(lower: Tensor) -> Tensor:
-    lower = lower.double()
-    return lower + lower.tril(-1).T

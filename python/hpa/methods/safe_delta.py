@@ -26,12 +26,10 @@ import torch
 from pydantic import BaseModel, Field
 from torch import Tensor
 
-from hpa.columns import keep_as_learned, measure, measured_numbers
 from hpa.config import CalibrationConfig
-from hpa.layers import InputStatistics, LayerChange, LayerEdit, Number
-from hpa.methods.base import Method, check_strength
-from hpa.methods.obs import InverseFactor
-from hpa.updates import dense, vector_of
+from hpa.layers import Number
+from hpa.methods.base import check_strength
+from hpa.methods.obs import Compensating
 
 __all__ = ["SafeDelta", "SafeDeltaConfig", "safe_delta_weight"]
 
@@ -48,54 +46,23 @@ class SafeDeltaConfig(CalibrationConfig):
     left_out: float = Field(default=0.15, ge=0.0, lt=1.0, description="share of entries, the costliest, never accepted")
 
 
-class SafeDelta(Method):
+class SafeDelta(Compensating):
     """Changes are accepted while their cost for safety is within a budget; the rest compensates for them."""
 
     name: ClassVar[str] = "safe_delta"
     Config: ClassVar[type[BaseModel]] = SafeDeltaConfig
     config: SafeDeltaConfig
+    inputs = "safety"
     needs = frozenset({"safety_gram"})
-
-    def __init__(self, config: BaseModel | None = None) -> None:
-        super().__init__(config)
-        self._factor = InverseFactor()
 
     def at_strength(self, strength: float) -> SafeDelta:
         """The budget ``s`` over ``strength``."""
         check_strength(strength)
         return type(self)(self.config.model_copy(update={"s": self.config.s / strength}))
 
-    def edit_layer(
-        self,
-        change: LayerChange,
-        safety: InputStatistics | None,
-        task: InputStatistics | None,
-        *,
-        task_index: int,
-        seed: int,
-    ) -> LayerEdit:
-        if safety is None:
-            raise ValueError(f"layer {change.label}: method 'safe_delta' needs safety statistics, got none")
-        statistics = measure(change)
-        numbers: dict[str, Number] = measured_numbers(statistics)
-        if not bool(statistics.column_change.any()):
-            return keep_as_learned(change, "no change", numbers)
-        if safety.zero:
-            return keep_as_learned(change, "no safety activations", numbers)
-        factor, damping = self._factor.of("safety", safety, self.config.damping, change.label, change.cols)
-        before = change.before.double()
-        update = dense(vector_of(change.before, change.update)).double()
-        weight, accepted, budget = safe_delta_weight(before, before + update, factor, self.config)
-        numbers |= {
-            "accepted": accepted,
-            "safe_delta_budget": budget,
-            "update_left": float((weight - before).square().sum() / update.square().sum()),
-            "safety_damping": damping,
-        }
-        return LayerEdit(numbers, weight=weight.to(change.before.dtype))
-
-    def finish_task(self) -> None:
-        self._factor = InverseFactor()
+    def settle(self, before: Tensor, after: Tensor, factor: Tensor) -> tuple[Tensor, dict[str, Number]]:
+        weight, accepted, budget = safe_delta_weight(before, after, factor, self.config)
+        return weight, {"accepted": accepted, "safe_delta_budget": budget}
 
 
 def safe_delta_weight(
