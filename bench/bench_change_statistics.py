@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import hand_written
-import torch
 from harness import COMPILED, LIMIT, OURS, TORCH, Case
-from shapes import BOTH, layer_pair, short
+from shapes import BOTH, layer_pair, layer_pairs, short, small_layers
 from torch import Tensor
 
 import hpa_ext
@@ -29,11 +28,7 @@ def cases(shrink: int = 1) -> Iterator[Case]:
                 level="quick" if rows == cols else "default",
             )
 
-    side, count = 512 // min(shrink, 16), 64 // min(shrink, 16)
-
-    def layers() -> tuple[list[Tensor], list[Tensor]]:
-        pairs = [layer_pair(side, side, torch.float32) for _ in range(count)]
-        return [before for before, _ in pairs], [after for _, after in pairs]
+    side, count = small_layers(shrink)
 
     def by_hand(before: list[Tensor], after: list[Tensor]) -> list[tuple[Tensor, ...]]:
         return [hand_written.change_statistics(*pair) for pair in zip(before, after, strict=True)]
@@ -41,7 +36,7 @@ def cases(shrink: int = 1) -> Iterator[Case]:
     yield Case(
         kernel="change_statistics",
         case=f"{count} of {side}x{side} fp32",
-        inputs=layers,
+        inputs=lambda: layer_pairs(side, count),
         contenders={OURS: hpa_ext.change_statistics, TORCH: by_hand},
         result=lambda returned, *_: [number for layer in returned for number in layer],
         bytes_moved=2 * count * side * side * 4,

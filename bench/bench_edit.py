@@ -9,7 +9,7 @@ import hand_written
 import torch
 from harness import OURS, TORCH, Case
 from machine import last_level_cache
-from shapes import layer_pair, short
+from shapes import layer_pair, short, small_layers
 from torch import Tensor
 
 import hpa_ext
@@ -60,7 +60,7 @@ def cases(shrink: int = 1) -> Iterator[Case]:
     side = 4096 // shrink
     dtype = torch.bfloat16
     yield case(f"{side}x{side} {short(dtype)}", 1, side, side, dtype, {TORCH: 8})
-    side, count = 512 // min(shrink, 16), 64 // min(shrink, 16)
+    side, count = small_layers(shrink)
     dtype = torch.float32
     yield case(f"{count} of {side}x{side} {short(dtype)}", count, side, side, dtype, {TORCH: 3})
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import hand_written
 import torch
 from harness import LIMIT, OURS, TORCH, Case
-from shapes import BOTH, layer_pair, short
+from shapes import BOTH, layer_pair, layer_pairs, short, small_layers
 from torch import Tensor
 
 import hpa_ext
@@ -40,11 +40,11 @@ def cases(shrink: int = 1) -> Iterator[Case]:
                 level="quick" if rows == cols else "default",
             )
 
-    side, count = 512 // min(shrink, 16), 64 // min(shrink, 16)
+    side, count = small_layers(shrink)
 
     def layers() -> tuple[list[Tensor], list[Tensor], list[Tensor]]:
-        pairs = [layer_pair(side, side, torch.float32) for _ in range(count)]
-        return [after for _, after in pairs], [before for before, _ in pairs], [torch.rand(side) < 0.1 for _ in pairs]
+        before, after = layer_pairs(side, count)
+        return after, before, [torch.rand(side) < 0.1 for _ in range(count)]
 
     def by_hand(after: list[Tensor], before: list[Tensor], mask: list[Tensor]) -> None:
         for one in zip(after, before, mask, strict=True):

@@ -1,5 +1,5 @@
-// Products of rows (orthonormalize_, project_), and triangular systems whose unknowns are rows (orthonormalize_).  Part of kernels.inl, which
-// says how.
+// Products of rows (orthonormalize_, project_), and triangular systems whose unknowns are rows (orthonormalize_).  Part of
+// kernels.inl, which says how.
 //
 // The rows are many times longer than there are of them, and lie `pitch` elements apart in a cache.  Vectors run along
 // the rows, so nothing is packed; lengths are multiples of kPanel, padded with zeros.
