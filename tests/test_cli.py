@@ -264,10 +264,14 @@ def test_parallel_branches_stop_on_ctrl_c_survive_a_kill_and_end_with_the_same_r
     }
     command = [sys.executable, "-m", "hpa", "run", path, "-o", "out", "-q", "-j", "2"]
 
+    def hear_ctrl_c() -> None:
+        """As from a terminal: where the tests run in the background, programs that they start inherit a deaf ear."""
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     @contextmanager
     def started() -> Iterator[subprocess.Popen[str]]:
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        with subprocess.Popen(command, env=environment, text=True, start_new_session=True, **pipes) as running:
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "preexec_fn": hear_ctrl_c}
+        with subprocess.Popen(command, env=environment, text=True, start_new_session=True, **options) as running:
             try:
                 yield running
             finally:
