@@ -422,7 +422,8 @@ def balanced_mask(
             of order, an unknown option.
 
     Scores are compared in float64; ties go to the lower index. m is the mean over columns where both scores are
-    positive, 0 if there is none, from an exactly rounded sum: the result is the same in every backend.
+    positive, 0 if there is none. Its rounding depends on no order: on the CPU every backend gives the same number, on
+    a GPU its last digits can differ.
     """
     if backend is None and not is_dynamo_compiling():
         options = (keep, focus, alpha, mode, alpha_mode, alpha_sign, overflow, phi_norm)

@@ -8,6 +8,7 @@ rounded once, so differences to a fast backend are that backend's rounding.  Arg
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor
@@ -107,9 +108,7 @@ def balanced_mask(
     overlap = safety_focus & task_focus
     safety_only = safety_focus & ~task_focus
 
-    # fsum rounds once, whatever the order: alpha must be the same number in every backend, or ties in phi break.
-    ratios = [math.log(e) - math.log(z) for e, z in zip(eps.tolist(), zeta.tolist(), strict=True) if e > 0 and z > 0]
-    log_ratio = math.fsum(ratios) / len(ratios) if ratios else 0.0
+    log_ratio = _mean_log_ratio(eps.tolist(), zeta.tolist())
     used_alpha = _alpha(alpha, alpha_mode, math.tanh(alpha_sign * log_ratio))
 
     if phi_norm == "mean":
@@ -130,6 +129,30 @@ def balanced_mask(
     assert mask.shape == (cols,)
     kept_overlap = int((mask & overlap).sum())
     return mask, used_alpha, log_ratio, int(overlap.sum()), int(mask.sum()) - kept_overlap, kept_overlap
+
+
+def _mean_log_ratio(safety: list[float], task: list[float]) -> float:
+    """The mean of ``log(e / z)`` where both are positive, from the logs of the two products: whatever the order and
+    the backend it is the same number, as alpha must be, or ties in phi break."""
+    pairs = [(e, z) for e, z in zip(safety, task, strict=True) if e > 0 and z > 0]
+    if not pairs:
+        return 0.0
+    (e, e_exponent), (z, z_exponent) = (_product(factors) for factors in zip(*pairs, strict=True))
+    return (math.log(e) - math.log(z) + float(e_exponent - z_exponent) * math.log(2)) / len(pairs)
+
+
+def _product(factors: Iterable[float]) -> tuple[float, int]:
+    """``(s, k)`` with ``s * 2**k`` the product of positive factors, s in [1, 2]."""
+    product, exponent = 1, 0
+    for factor in factors:
+        fraction, power = math.frexp(factor)
+        product *= int(fraction * 2**53)
+        excess = max(0, product.bit_length() - 512)  # far more digits than those that count
+        product >>= excess
+        exponent += power - 53 + excess
+    excess = product.bit_length() - 64
+    leading = product >> excess if excess > 0 else product << -excess
+    return leading / 2**63, exponent + excess + 63
 
 
 def merge_(after: Tensor, before: Tensor, mask: Tensor, projection: float) -> None:

@@ -76,6 +76,23 @@ def test_counts_add_up(case: tuple[Tensor, Tensor, int, int], options: dict[str,
         assert result.kept == max(keep, focus - result.overlap)
 
 
+@pytest.mark.parametrize("cols", [1, 15, 16, 17, 3001])
+def test_m_of_scores_of_any_magnitude(cols: int) -> None:
+    """The log of a product of doubles from the smallest subnormal number on: no overflow, no order, no lost digit."""
+    generator = np.random.default_rng(cols)
+    safety, task = np.maximum(10.0 ** generator.uniform(-330, 308, (2, cols)), 5e-324)
+    safety[:: max(1, cols // 7)] = 5e-324
+    pair = torch.from_numpy(safety), torch.from_numpy(task)
+    result = hpa_ext.balanced_mask(*pair, 0, 0, backend="cpu")
+    assert same(hpa_ext.balanced_mask(*pair, 0, 0, backend="reference"), result)
+    logs = [math.log(e) - math.log(z) for e, z in zip(safety, task, strict=True)]
+    assert result.log_ratio == pytest.approx(math.fsum(logs) / cols, rel=1e-13, abs=1e-13)
+
+    order = torch.from_numpy(generator.permutation(cols))
+    assert hpa_ext.balanced_mask(*(score[order] for score in pair), 0, 0).log_ratio == result.log_ratio
+    assert hpa_ext.balanced_mask(*reversed(pair), 0, 0).log_ratio == -result.log_ratio
+
+
 @given(case=cases())
 def test_kept_columns_are_never_worse_than_left_ones_of_their_kind(case: tuple[Tensor, Tensor, int, int]) -> None:
     safety, task, _, focus = case

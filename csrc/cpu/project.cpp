@@ -322,6 +322,8 @@ void project(const std::vector<TensorView>& grads, const std::vector<TensorView>
   if (grads.empty()) return;
   Slices slices;
   bool wide = false;
+  slices.grads.reserve(grads.size());
+  slices.basis.reserve(basis.size());
   for (std::size_t i = 0; i < grads.size(); ++i) {
     check_float("grads", grads[i]);
     check_float("basis", basis[i]);
