@@ -236,8 +236,9 @@ void copy_lower(const isa::Kernels<T>& kernels, const MatrixView& gram, bool fli
       for (std::int64_t row = top; row < bottom; ++row) {
         const std::int64_t count = std::min(right, row + 1) - left;
         load(gram.at(row, left), gram.col_stride, count, line);
-        for (std::int64_t col = 0; col < count; col += p) {
-          std::copy(line + col, line + std::min(col + p, count), matrix.at(row, left + col));
+        T* to = matrix.at(row, left);
+        for (std::int64_t col = 0; col < count; col += p, to += (matrix.order - left) * p) {
+          std::copy(line + col, line + std::min(col + p, count), to);
         }
       }
     }
@@ -279,13 +280,16 @@ void gram_of(const isa::Kernels<T>& kernels, const MatrixView& source, T scale, 
 // Adds lambda = damping * (trace of the first n elements of the diagonal) / cols to these elements.
 template <class T>
 double damp(const BlockMatrix<T>& matrix, std::int64_t n, std::int64_t cols, double damping) {
-  const auto diagonal = [&](std::int64_t j) -> T& {
-    return matrix.at(j, j / matrix.panel * matrix.panel)[j % matrix.panel];
+  const auto for_diagonal = [&](const auto& body) {
+    for (std::int64_t col = 0; col < n; col += matrix.panel) {
+      T* corner = matrix.at(col, col);
+      for (std::int64_t i = 0; i < std::min(matrix.panel, n - col); ++i) body(corner[i * matrix.panel + i]);
+    }
   };
   double trace = 0;
-  for (std::int64_t j = 0; j < n; ++j) trace += static_cast<double>(diagonal(j));
+  for_diagonal([&](T element) { trace += static_cast<double>(element); });
   const double lambda = damping * trace / static_cast<double>(cols);
-  for (std::int64_t j = 0; j < n; ++j) diagonal(j) = static_cast<T>(static_cast<double>(diagonal(j)) + lambda);
+  for_diagonal([&](T& element) { element = static_cast<T>(static_cast<double>(element) + lambda); });
   return lambda;
 }
 
