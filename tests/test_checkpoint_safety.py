@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -18,6 +19,7 @@ import pytest
 import tiny_models
 import torch
 from checkpoint_pairs import Pair, all_tensors, hpa, rewrite
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5ForConditionalGeneration
 
@@ -25,7 +27,7 @@ from hpa.checkpoint import CalibrationJob, CheckpointError, Job, adapt_checkpoin
 from hpa.checkpoint.buffers import Buffers
 from hpa.checkpoint.claims import Claims
 from hpa.checkpoint.files import Folder, encode_header, read_tensor, read_tensor_file
-from hpa.checkpoint.stream import HashedFile, hash_file, read_ahead
+from hpa.checkpoint.stream import HashedFile, Room, hash_file, read_ahead
 from hpa.methods import create_method
 
 Change = Callable[[Path], Any]
@@ -379,6 +381,15 @@ def test_a_claim_is_held_by_one_and_inherited(tmp_path: Path) -> None:
         time.sleep(0.1)
         with second.hold("far") as other:
             assert other is not None
+    # Two saw that an owner is gone, one was faster: the other gives the new claim back.
+    (tmp_path / "both").write_text(json.dumps({"host": first._owner["host"], "pid": 2**22 + 1, "start": "1"}))
+    slower = second._left_behind("both")
+    with first.hold("both") as mine, pytest.MonkeyPatch.context() as patch:
+        assert mine is not None
+        patch.setattr(second, "_left_behind", lambda _: slower)
+        with second.hold("both") as other:
+            assert other is None
+        mine()
     with first.hold("lost") as mine:
         assert mine is not None
         (tmp_path / "lost").write_text("{}")
@@ -388,7 +399,7 @@ def test_a_claim_is_held_by_one_and_inherited(tmp_path: Path) -> None:
 
 def test_written_file_has_the_hash_that_is_told(tmp_path: Path) -> None:
     data = os.urandom(1 << 20)
-    out = HashedFile(tmp_path / "file", budget=1 << 16)
+    out = HashedFile(tmp_path / "file", room=Room(1 << 16))
     for begin in range(0, len(data), 70_000):
         out.write(data[begin : begin + 70_000])
     assert out.position == len(data)
@@ -516,26 +527,49 @@ def test_headers_of_strangers_are_not_trusted(tmp_path: Path) -> None:
         Folder(folder, "AFTER")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("processes", [2, 3])
-def test_torchrun_shares_the_samples(whole: Pair, with_statistics: list[Any], tmp_path: Path, processes: int) -> None:
-    made = tmp_path / "task.safetensors"
-    done = subprocess.run(
+def torchrun(processes: int, *arguments: Any) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
         [
             sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone",
-            "-m", "hpa", "calibrate", str(whole.after), str(whole.task), "--as", "task", "-o", str(made), "--gram",
+            "-m", "hpa", *map(str, arguments),
         ],
         capture_output=True,
         text=True,
         timeout=240,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [2, 3])
+def test_torchrun_shares_the_samples(whole: Pair, with_statistics: list[Any], tmp_path: Path, processes: int) -> None:
+    made = tmp_path / "task.safetensors"
+    done = torchrun(processes, "calibrate", whole.after, whole.task, "--as", "task", "-o", made, "--gram")
     assert done.returncode == 0, done.stdout + done.stderr
     first, second = load_file(whole.root / "task.safetensors"), load_file(made)
     assert first.keys() == second.keys()
     for name, tensor in first.items():
         torch.testing.assert_close(second[name], tensor, rtol=2e-4, atol=1e-6)
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.slow
+def test_process_that_stops_is_told_from_those_that_waited(whole: Pair, tmp_path: Path) -> None:
+    pair = copied(whole, tmp_path)
+    rows = [json.loads(line) for line in pair.task.read_text().splitlines()]
+    Image.new("RGB", (4, 4)).save(tmp_path / "red.png")  # which a model of text alone cannot look at
+    rows[1] = {"image": "red.png", "prompt": "what color", "response": "blue"}
+    pair.task.write_text("\n".join(map(json.dumps, rows)))
+    for samples, said, times in (
+        (len(rows), "sample 1 has a picture and the model has no processor", 1),
+        (1, "1 samples cannot be shared by 2 processes", 2),
+    ):
+        arguments = (pair.after, pair.task, "--as", "task", "-o", tmp_path / "t", "--samples", samples)
+        done = torchrun(2, "calibrate", *arguments)
+        assert done.returncode != 0
+        assert "[rank" not in done.stderr, done.stderr
+        assert len(re.findall(said, done.stderr)) == times, done.stderr
+        assert not list(tmp_path.glob("*t.*parts"))
 
 
 def test_budget_is_kept_on_a_large_pair(tmp_path: Path) -> None:

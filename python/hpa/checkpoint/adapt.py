@@ -12,6 +12,8 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from pathlib import Path
@@ -31,7 +33,7 @@ from hpa.checkpoint.memory import Memory, write_memory
 from hpa.checkpoint.merge import Editor, ShardResult, write_shard
 from hpa.checkpoint.plan import Plan, Shard, decoder_of, make_plan, model_fingerprint, model_layers
 from hpa.checkpoint.statistics import Statistics
-from hpa.checkpoint.stream import hash_file
+from hpa.checkpoint.stream import Room, hash_file
 from hpa.layers import LowRankUpdate
 from hpa.methods import Method
 from hpa.storage import write_file
@@ -415,47 +417,78 @@ def _write_shards(job: Job, prepared: Prepared, stage: Path, claims: Claims, lis
     budget = max(8 << 20, (job.max_memory - statistics_budget - work) // 3)
     budget = min(budget, 192 << 20)
     buffers = Buffers(2 * budget + 2 * prepared.plan.largest)
+    room = Room(budget)
     told: set[str] = set()
-    while True:
-        open_, busy = [], False
-        for shard in prepared.plan.shards:
-            note = done_folder / f"{shard.name}.json"
-            if not note.exists():
-                open_.append(shard)
-            elif shard.name not in told:
-                told.add(shard.name)
-                listener.wrote(sum(entry.source.size for entry in shard.entries))
-        if not open_:
-            return
-        for shard in open_:
-            with claims.hold(shard.name) as confirm:
-                if confirm is None:
-                    busy = True
-                    continue
-                if (done_folder / f"{shard.name}.json").exists():
-                    continue
-                told.add(shard.name)
-                try:
-                    result = write_shard(
+    with _Closer(done_folder, listener) as closer:
+        while True:
+            open_ = []
+            for shard in prepared.plan.shards:
+                if not (done_folder / f"{shard.name}.json").exists():
+                    open_.append(shard)
+                elif shard.name not in told:
+                    told.add(shard.name)
+                    listener.wrote(sum(entry.source.size for entry in shard.entries))
+            if not open_:
+                return
+            worked = False
+            for shard in open_:
+                with ExitStack() as claim:
+                    confirm = claim.enter_context(claims.hold(shard.name))
+                    if confirm is None or (done_folder / f"{shard.name}.json").exists():
+                        continue
+                    told.add(shard.name)
+                    finish = write_shard(
                         shard,
                         stage,
                         notes,
                         editor,
                         budget=budget,
+                        room=room,
                         buffers=buffers,
                         done=listener.wrote,
                         confirm=confirm,
                     )
-                except ClaimLostError as lost:
-                    listener.say(str(lost))
-                    busy = True
-                    continue
-                write_file(
-                    done_folder / f"{shard.name}.json",
-                    json.dumps({"bytes": result.size, "sha256": result.sha256, "edits": result.edits}),
-                )
-        if busy:
-            time.sleep(0.2)
+                    closer.close(finish, claim.pop_all())
+                    worked = True
+            closer.wait()
+            if not worked:
+                time.sleep(0.2)
+
+
+class _Closer:
+    """Waits for the disk to have one file while the next is written."""
+
+    def __init__(self, done_folder: Path, listener: Listener) -> None:
+        self._done_folder, self._listener = done_folder, listener
+        self._thread = ThreadPoolExecutor(1, "close")
+        self._last: Future[None] | None = None
+
+    def __enter__(self) -> _Closer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown()
+
+    def close(self, finish: Callable[[], ShardResult], claim: ExitStack) -> None:
+        """Finish a file and give its claim back; raises what went wrong with the one before."""
+        with claim:
+            self.wait()
+            self._last = self._thread.submit(self._close, finish, claim.pop_all())
+
+    def wait(self) -> None:
+        last, self._last = self._last, None
+        if last is not None:
+            last.result()
+
+    def _close(self, finish: Callable[[], ShardResult], claim: ExitStack) -> None:
+        with claim:
+            try:
+                result = finish()
+            except ClaimLostError as lost:
+                self._listener.say(str(lost))
+                return
+            content = {"bytes": result.size, "sha256": result.sha256, "edits": result.edits}
+            write_file(self._done_folder / f"{result.name}.json", json.dumps(content))
 
 
 def editor_of(job: Job, prepared: Prepared) -> Editor:

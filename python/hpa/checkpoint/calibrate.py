@@ -90,9 +90,9 @@ def calibrate_checkpoint(job: CalibrationJob, progress: Callable[[int, int], Non
     encoder = Encoder(tokenizer, max_length=job.max_length, trust_remote_code=job.trust_remote_code)
     group = process_group()
     conversations = held.conversations if group is None else group.share(held.conversations)
-    if not conversations:
+    if group is not None and len(held.conversations) < group.size:  # said by all of them, lest some wait for others
         raise CheckpointError(
-            f"{job.data}: {len(held.conversations)} samples cannot be shared by {group and group.size} processes"
+            f"{job.data}: {len(held.conversations)} samples cannot be shared by {group.size} processes; start fewer"
         )
     lazy = LazyModel(folder, adapter, dtype=job.dtype, trust_remote_code=job.trust_remote_code)
     layers = find_layers(lazy.model, job.config.include_projector, blocks=job.config.blocks)

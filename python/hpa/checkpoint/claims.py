@@ -81,38 +81,46 @@ class Claims:
         try:
             descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
-            if not self._is_left_behind(name):
+            left = self._left_behind(name)
+            if left is None:
                 return False
             aside = self.folder / f".{name}.{uuid.uuid4().hex}"
             try:
                 os.rename(path, aside)
+                if aside.read_text() != left:  # another was faster, and this is its new claim
+                    with contextlib.suppress(FileExistsError):
+                        os.link(aside, path)
+                    return False
             except FileNotFoundError:
                 return False
-            aside.unlink(missing_ok=True)
+            finally:
+                aside.unlink(missing_ok=True)
             self._seen.pop(name, None)
             return self._take(name)
         with os.fdopen(descriptor, "w") as file:
             json.dump(self._owner, file)
         return True
 
-    def _is_left_behind(self, name: str) -> bool:
+    def _left_behind(self, name: str) -> str | None:
+        """What stands in a claim whose owner is gone; ``None`` where it lives, or gave the claim back."""
         path = self.folder / name
         try:
-            changed = path.stat().st_mtime_ns
-            owner = json.loads(path.read_text() or "{}")
+            changed, text = path.stat().st_mtime_ns, path.read_text()
         except FileNotFoundError:
-            return False
+            return None
+        try:
+            owner = json.loads(text or "{}")
         except ValueError:
             owner = {}
         if owner.get("host") == self._owner["host"] and "pid" in owner:
-            return _start_of(int(owner["pid"])) != owner.get("start")
+            return text if _start_of(int(owner["pid"])) != owner.get("start") else None
         # Another machine's clock is not ours: what counts is how long the claim stood still by our own.
         now = time.monotonic()
         seen, since = self._seen.get(name, (0, now))
         if seen != changed:
             self._seen[name] = (changed, now)
-            return False
-        return now - since > STALE
+            return None
+        return text if now - since > STALE else None
 
 
 def _start_of(pid: int) -> str | None:

@@ -7,7 +7,8 @@ to rounding.  Each input's matrix is reduced to one owner, the owners by turns, 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 from torch import distributed as dist
 
+from hpa.checkpoint.files import CheckpointError
 from hpa.layers import InputStatistics
 
 __all__ = ["ProcessGroup", "process_group"]
@@ -36,11 +38,13 @@ class ProcessGroup:
 
     def gather(self, value: Any) -> list[Any]:
         gathered: list[Any] = [None] * self.size
-        dist.all_gather_object(gathered, value)
+        with _all_together():
+            dist.all_gather_object(gathered, value)
         return gathered
 
     def sum_to(self, owner: int, gram: Tensor) -> None:
-        dist.reduce(gram, dst=owner)
+        with _all_together():
+            dist.reduce(gram, dst=owner)
 
     def merge(self, parts: dict[str, InputStatistics]) -> dict[str, InputStatistics]:
         """Matrices travel as tensors, one after the other, so that memory holds one that is not ours."""
@@ -64,20 +68,32 @@ class ProcessGroup:
             return held
         if self.rank == owner:
             assert held is not None
-            dist.send(held.contiguous(), dst=0)
+            with _all_together():
+                dist.send(held.contiguous(), dst=0)
             return held
         received = torch.empty(shape[1], dtype=shape[0])
-        dist.recv(received, src=owner)
+        with _all_together():
+            dist.recv(received, src=owner)
         return received
 
     def close(self) -> None:
-        dist.barrier()
+        with _all_together():
+            dist.barrier()
         dist.destroy_process_group()
 
 
 def process_group() -> ProcessGroup | None:
     """The group, where ``torchrun`` started more than one process."""
     return ProcessGroup() if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
+
+
+@contextmanager
+def _all_together() -> Iterator[None]:
+    """Where one process stops, the others fail at their next meeting: theirs is not the error to look at."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise CheckpointError("processes: another process has stopped; its own error says why") from error
 
 
 def _without_tensors(seen: InputStatistics) -> tuple[InputStatistics, dict[str, Any]]:

@@ -20,11 +20,12 @@ from torch import Tensor
 
 import hpa_ext
 from hpa.checkpoint.buffers import Buffers
+from hpa.checkpoint.claims import ClaimLostError
 from hpa.checkpoint.files import DTYPES, CheckpointError, encode_header, read_tensor, tensor_bytes
 from hpa.checkpoint.memory import Memory
 from hpa.checkpoint.plan import Entry, Shard
 from hpa.checkpoint.statistics import Statistics
-from hpa.checkpoint.stream import HashedFile, read_ahead
+from hpa.checkpoint.stream import HashedFile, Room, read_ahead
 from hpa.layers import InputStatistics, LayerChange, LayerEdit, LowRankUpdate, add_update
 from hpa.methods import Method
 from hpa.storage import write_file
@@ -128,31 +129,37 @@ def write_shard(
     editor: Editor,
     *,
     budget: int,
+    room: Room | None = None,
     buffers: Buffers | None = None,
     done: Callable[[int], None] = lambda _: None,
     confirm: Callable[[], None] = lambda: None,
-) -> ShardResult:
+) -> Callable[[], ShardResult]:
     """Write ``folder/shard.name``; resumes from the notes of an earlier try.
+
+    What is left to do is in the function that comes back: wait for the disk, and give the file its name.  Any thread
+    may call it, while the next file is begun.
 
     Args:
         shard: the file's tensors.
         folder: where the file goes; it is called ``<name>.part`` until it is whole.
         notes: folder of the notes.
         editor: edits a layer.
-        budget: bytes that may wait on either side of the computation.
+        budget: bytes that may wait to be edited.
+        room: for bytes that wait to be written; as much as ``budget`` by default.
         buffers: memory to read into.
         done: told of bytes written.
         confirm: raises where the file has become somebody else's to finish.
 
     Raises:
         CheckpointError, OSError: named tensor or file; the notes stand, and the same call goes on from them.
+        ClaimLostError: by the function, where another worker has taken over.
     """
     header = encode_header(
         {entry.name: (entry.source.dtype, entry.source.shape) for entry in shard.entries}, shard.metadata
     )
     part, note = folder / f"{shard.name}.part", notes / f"{shard.name}.json"
     start, first, edits = _resume(part, note)
-    out = HashedFile(part, start=start, budget=budget)
+    out = HashedFile(part, start=start, room=Room(budget) if room is None else room)
     try:
         if not start:
             out.write(header)
@@ -176,13 +183,20 @@ def write_shard(
                 content = json.dumps({"bytes": out.position, "tensors": index + 1, "edits": edits})
                 out.when_on_disk(partial(write_file, note, content))
                 noted = out.position
-        size, digest = out.position, out.close()
-        confirm()
     except BaseException:
         out.abandon()
         raise
-    os.replace(part, folder / shard.name)
-    return ShardResult(shard.name, size, digest, edits)
+
+    def finish() -> ShardResult:
+        digest = out.close()
+        confirm()
+        try:
+            os.replace(part, folder / shard.name)
+        except FileNotFoundError:
+            raise ClaimLostError(f"{shard.name}: another worker took it over, and has finished it") from None
+        return ShardResult(shard.name, out.position, digest, edits)
+
+    return finish
 
 
 def _resume(part: Path, note: Path) -> tuple[int, int, list[dict[str, Any]]]:

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Generic, TypeVar
 
-__all__ = ["HashedFile", "hash_file", "read_ahead"]
+__all__ = ["HashedFile", "Room", "hash_file", "read_ahead"]
 
 Item = TypeVar("Item")
 Loaded = TypeVar("Loaded")
@@ -42,15 +42,15 @@ class HashedFile:
     Errors of the threads (a full disk) are raised by the next call.
     """
 
-    def __init__(self, path: Path, *, start: int = 0, budget: int = 256 << 20) -> None:
-        """``start``: bytes that an earlier run wrote, to be kept; ``budget``: bytes that may wait to be written."""
+    def __init__(self, path: Path, *, start: int = 0, room: Room | None = None) -> None:
+        """``start``: bytes that an earlier run wrote, to be kept; ``room``: for bytes that wait to be written."""
         self.path = path
         self.position = start
         self._digest = hash_file(path, until=start) if start else hashlib.sha256()
         self._file = open(path, "r+b" if start else "wb", buffering=0)  # noqa: SIM115 - closed by close()
         self._file.truncate(start)
         self._file.seek(start)
-        self._room = _Room(budget)
+        self._room = Room(256 << 20) if room is None else room
         self._error: BaseException | None = None
         # One thread each, so each does its work in order.
         self._writer, self._hasher, self._syncer = (
@@ -133,7 +133,7 @@ class _Reader(Generic[Item, Loaded]):
         self, items: Iterable[Item], load: Callable[[Item], Loaded], size: Callable[[Item], int], budget: int
     ) -> None:
         self._items, self._load, self._size = items, load, size
-        self._room = _Room(budget)
+        self._room = Room(budget)
         self._queue: queue.Queue[tuple[Item, Loaded, int] | BaseException | None] = queue.Queue()
         self._stopped = False
         self._thread = threading.Thread(target=self._work, name="read ahead", daemon=True)
@@ -166,8 +166,8 @@ class _Reader(Generic[Item, Loaded]):
             self._queue.put(error)
 
 
-class _Room:
-    """So many bytes at once; one item that is larger than all of it may pass alone."""
+class Room:
+    """So many bytes at once, over all that share it; one item that is larger than all of it may pass alone."""
 
     def __init__(self, budget: int) -> None:
         self._budget, self._free = budget, budget
