@@ -7,8 +7,7 @@ computed in float32 at least, float64 in float64.
 
 Every function raises ``TypeError`` for a wrong kind of argument or dtype and ``ValueError`` for a wrong shape, device
 or value, or for memory that is read-only or shared with another argument; messages begin with the argument's name.
-Under ``torch.compile`` they are operators of their own (:mod:`hpa_ext.torch_ops`); :func:`edit_` composes three of
-them and runs as it is.
+Under ``torch.compile`` they are operators of their own (:mod:`hpa_ext.torch_ops`).
 
 A call goes one of three ways.  Plain CPU tensors are served at once by the compiled module (:mod:`hpa_ext.direct`); a
 program that is being traced gets the operator; everything else is checked here and handed to a backend.
@@ -30,7 +29,6 @@ from typing import Any, Literal, NamedTuple, TypeVar, cast, overload
 
 import torch
 from torch import Tensor
-from torch._compile import _disable_dynamo
 from torch.compiler import is_compiling, is_dynamo_compiling
 
 from hpa_ext import backend as backends
@@ -537,7 +535,6 @@ def edit_(
     phi_norm: Literal["none", "mean"] = ...,
     backend: str | None = ...,
 ) -> list[Edit]: ...
-@_disable_dynamo
 def edit_(
     after: Any,
     before: Any,
@@ -590,11 +587,15 @@ def edit_(
 
     Layers of a list are taken in runs that fit a cache, so that the merge finds there what the statistics have read. A
     layer that is larger finds its last rows there. Bit-reproducible for any number of threads on one machine.
-    ``torch.compile`` does not look inside: a call ends a graph.
+    Under ``torch.compile`` the layers of a list are checked one by one, each before it is edited.
     """
     several = isinstance(after, (list, tuple))
     given = (after, before, safety_diagonal, task_diagonal, keep, focus)
     edits: list[Edit] = []
+    if is_compiling():
+        options = (list(alpha), projection, mode, alpha_mode, alpha_sign, overflow, phi_norm, backend)
+        edits = _trace_edit(_entries_to_edit(*given) if several else [given], options)
+        return edits if several else edits[0]
     if backend is None:
         answer = direct.edit_(*given, projection, alpha, mode, alpha_mode, alpha_sign, overflow, phi_norm)
         if answer is not None:
@@ -612,7 +613,7 @@ def edit_(
     for name, tensor in written[1:]:
         check_same_device(name, tensor, written[0][0], layers[0].after)
     check_no_overlap(written, read)
-    options = {
+    selection = {
         "alpha": alpha,
         "mode": mode,
         "alpha_mode": alpha_mode,
@@ -622,7 +623,7 @@ def edit_(
         "backend": backend,
     }
     for run in _runs_in_cache(layers[len(edits) :]):
-        edits += _edit_run(run, projection, options)
+        edits += _edit_run(run, projection, selection)
     return edits if several else edits[0]
 
 
@@ -995,6 +996,20 @@ def _trace_accumulate_importance(importance: Any, grads: Any, weights: Any, kind
         kind,
         backend,
     )
+
+
+def _trace_edit(items: Sequence[tuple[Any, ...]], options: tuple[Any, ...]) -> list[Edit]:
+    """Hands each layer over to the operator, then reads all their numbers, which ends a graph."""
+    answers = [torch.ops.hpa_ext.edit_(*item, *options) for item in items]
+    rows = torch.stack([answer[-1] for answer in answers]).tolist() if answers else []
+    edits = []
+    for (mask, column_change, scalars, _), (alpha, log_ratio, *counts, projection) in zip(answers, rows, strict=True):
+        overlap, kept, kept_safety_only, kept_overlap = (int(count) for count in counts)
+        statistics = ChangeStatistics(column_change, *scalars.unbind())
+        edits.append(
+            Edit(mask, alpha, log_ratio, overlap, kept, kept_safety_only, kept_overlap, projection, statistics)
+        )
+    return edits
 
 
 def _check_square(name: str, tensor: Tensor) -> None:

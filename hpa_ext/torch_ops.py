@@ -115,6 +115,54 @@ def _merge_(after: Tensor, before: Tensor, mask: Tensor, projection: float, back
     ops.merge_(after, before, mask, projection, backend=backend)
 
 
+@_operator(
+    "edit_",
+    "(Tensor(a!) after, Tensor before, Tensor safety_diagonal, Tensor task_diagonal, SymInt keep, SymInt focus, "
+    "float[] alpha, str projection, str selection, str alpha_mode, int alpha_sign, str overflow, str phi_norm, "
+    "str? backend) -> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _edit_(
+    after: Tensor,
+    before: Tensor,
+    safety_diagonal: Tensor,
+    task_diagonal: Tensor,
+    keep: int,
+    focus: int,
+    alpha: list[float],
+    projection: str,
+    selection: str,
+    alpha_mode: str,
+    alpha_sign: int,
+    overflow: str,
+    phi_norm: str,
+    backend: str | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    options: dict[str, Any] = {
+        "projection": projection,
+        "mode": selection,  # torch has a use of its own for the name, in calls that mutate
+        "alpha_mode": alpha_mode,
+        "alpha_sign": alpha_sign,
+        "overflow": overflow,
+        "phi_norm": phi_norm,
+    }
+    mask, *numbers, statistics = ops.edit_(
+        after, before, safety_diagonal, task_diagonal, keep, focus, (alpha[0], alpha[1]), **options, backend=backend
+    )
+    column_change, *scalars = statistics
+    return mask, column_change, torch.stack(scalars), _numbers(numbers)
+
+
+@_edit_.register_fake
+def _(after: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    cols = after.shape[1]
+    return (
+        after.new_empty(cols, dtype=torch.bool),
+        after.new_empty(cols, dtype=_wide(after)),
+        after.new_empty(3, dtype=torch.float64),
+        torch.empty(7, dtype=torch.float64, device="cpu"),
+    )
+
+
 @_operator("project_", "(Tensor(a!) grads, Tensor basis, int passes, str? backend) -> ()")
 def _project_(grads: Tensor, basis: Tensor, passes: int, backend: str | None) -> None:
     ops.project_(grads, basis, passes=passes, backend=backend)

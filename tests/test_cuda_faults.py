@@ -20,7 +20,8 @@ pytestmark = [
 ]
 
 # Some tests of every kernel, at small sizes.
-SMALL = """(dtype0 and contiguous and not every and (65-264 or 300-70))
+SMALL = """(dtype0 and contiguous and not every and (65-264 or 300-70 or 1-37))
+    or (aligned_rows and 3-5 and (dtype0 or dtype1)) or (test_long_vectors and (dtype0 or dtype1))
     or (dtypes1 and contiguous and (taylor or 2-2049-33 or 3-40-9))
     or (test_accumulate_gram and (33-136 or 70-65) and contiguous) or (inverse_diagonal and 33 and exact)
     or (test_orthonormalize and contiguous and (11-300 or 5-60)) or bad_row

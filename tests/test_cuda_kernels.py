@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import ctypes
 import math
+import mmap
 import shutil
 import sys
 import zlib
@@ -73,15 +74,45 @@ PAIRS = [
     (torch.float16, torch.float64),
     (torch.float64, torch.float64),
 ]
-SHAPES = [(1, 1), (3, 5), (65, 264), (300, 70), (2, 1100)]
+SHAPES = [(1, 1), (1, 37), (3, 5), (65, 264), (300, 70), (2, 1100)]
+
+
+def aligned_rows(tensor: Tensor) -> Tensor:
+    """The same values in rows that begin at multiples of 16 bytes and end between two."""
+    pack = 16 // tensor.element_size()
+    wide = torch.full((*tensor.shape[:-1], (tensor.shape[-1] // pack + 2) * pack), math.nan, dtype=tensor.dtype)
+    return wide[..., : tensor.shape[-1]].copy_(tensor)
+
+
+ROW_LAYOUTS = {**LAYOUTS, "aligned_rows": aligned_rows}
+FAR = 2**31 + 8  # elements
+
+
+def far_apart(tensor: Tensor, dim: int = 0) -> Tensor:
+    """The same values, FAR from each other along a dimension: with three of them, no 32 bits hold an offset.
+
+    On the CPU the memory in between is never touched, and so takes no room.
+    """
+    strides = [FAR if d == dim else stride for d, stride in enumerate(tensor.contiguous().stride())]
+    span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, strides, strict=True))
+    if tensor.device.type == "cpu":
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | 0x4000  # MAP_NORESERVE
+        memory = torch.frombuffer(mmap.mmap(-1, span * tensor.element_size(), flags=flags), dtype=tensor.dtype)
+    else:
+        try:
+            memory = torch.empty(span, dtype=tensor.dtype, device=tensor.device)
+        except torch.OutOfMemoryError:
+            pytest.skip(f"needs {span * tensor.element_size() / 1e9:.0f} GB of device memory")
+    return memory.as_strided(tensor.shape, strides).copy_(tensor)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+@pytest.mark.parametrize("layout", sorted(ROW_LAYOUTS))
 @pytest.mark.parametrize(("rows", "cols"), SHAPES)
 def test_change_statistics(rows: int, cols: int, layout: str, dtype: torch.dtype) -> None:
-    before = LAYOUTS[layout](normal(rows, cols, dtype=dtype))
+    before = ROW_LAYOUTS[layout](normal(rows, cols, dtype=dtype))
     after = (before.double() + normal(rows, cols, seed=1, dtype=torch.float64, scale=0.1)).to(dtype)
+    after = aligned_rows(after) if layout == "aligned_rows" else after
     expected, expected_scalars = reference.change_statistics(before, after)
     actual, scalars = cuda.change_statistics(before, after)
     u = ROUNDOFF[dtype]
@@ -105,13 +136,39 @@ def test_change_statistics_keep_the_digits_of_a_dot_product_that_cancels() -> No
     assert cuda.change_statistics(before, after)[1][0].item() == 2.0**-20
 
 
+def test_change_statistics_add_up_columns_in_float64() -> None:
+    # Large squares first: what follows them is below the last digit that a float32 sum has.
+    after = torch.full((32768, 1), 2.0**-6)
+    after.view(-1, 1024)[:, :128] = 64.0
+    exact = (128 * 4096 + 896 * 2.0**-12) / 1024
+    assert cuda.change_statistics(torch.zeros_like(after), after)[0].double().item() == pytest.approx(
+        exact, rel=2.0**-24
+    )
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_offsets_of_weights_take_64_bits(dim: int) -> None:
+    shape = (3, 70) if dim == 0 else (70, 3)
+    before, after = normal(*shape, dtype=torch.bfloat16), normal(*shape, seed=1, dtype=torch.bfloat16)
+    far_before, far_after = far_apart(before, dim), far_apart(after, dim)
+    for far, near in zip(
+        cuda.change_statistics(far_before, far_after), cuda.change_statistics(before, after), strict=True
+    ):
+        torch.testing.assert_close(far, near, rtol=1e-6, atol=0)
+    mask = uniform(shape[1], seed=2) < 0.5
+    cuda.merge_(after, before, mask, 0.25)
+    cuda.merge_(far_after, far_before, mask, 0.25)
+    assert torch.equal(far_after, after)
+
+
 @pytest.mark.parametrize("dtype", FLOATS)
-@pytest.mark.parametrize("layout", sorted(LAYOUTS))
+@pytest.mark.parametrize("layout", sorted(ROW_LAYOUTS))
 @pytest.mark.parametrize("projection", [0.0, 0.37])
 @pytest.mark.parametrize(("rows", "cols"), SHAPES)
 def test_merge(rows: int, cols: int, projection: float, layout: str, dtype: torch.dtype) -> None:
-    after = LAYOUTS[layout](normal(rows, cols, dtype=dtype))
+    after = ROW_LAYOUTS[layout](normal(rows, cols, dtype=dtype))
     before = normal(rows, cols, seed=1, dtype=dtype)
+    before = aligned_rows(before) if layout == "aligned_rows" else before
     mask = (uniform(2 * cols, seed=2) < 0.3)[::2]
     original, expected = after.clone(), after.clone()
     reference.merge_(expected, before, mask, projection)
@@ -162,6 +219,29 @@ def test_a_list_longer_than_a_table_takes_several_launches() -> None:
     assert all(torch.equal(total, grad.square()) for total, grad in zip(importance, grads, strict=True))
 
 
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("shifted", range(3))
+def test_long_vectors_may_begin_anywhere(shifted: int, dtype: torch.dtype) -> None:
+    vectors = [uniform(4098, dtype=dtype), normal(4098, seed=1, dtype=dtype), normal(4098, seed=2, dtype=dtype)]
+    importance, grad, weight = (
+        vector[1:-1] if i == shifted else vector[:-2].clone() for i, vector in enumerate(vectors)
+    )
+    expected = importance.clone()
+    reference.accumulate_importance_([expected], [grad], [weight], "taylor")
+    cuda.accumulate_importance_([importance], [grad], [weight], "taylor")
+    assert_within(importance, expected, importance_bound(importance, expected, dtype == torch.float64))
+
+
+@pytest.mark.parametrize("dim", [0, 1])
+def test_offsets_of_importances_take_64_bits(dim: int) -> None:
+    shape = (3, 70) if dim == 0 else (70, 3)
+    importance, grad = uniform(*shape, dtype=torch.bfloat16), normal(*shape, seed=1, dtype=torch.bfloat16)
+    far_importance, far_grad = far_apart(importance, dim), far_apart(grad, dim)
+    cuda.accumulate_importance_([importance], [grad], None, "fisher")
+    cuda.accumulate_importance_([far_importance], [far_grad], None, "fisher")
+    assert torch.equal(far_importance, importance)
+
+
 def test_permuted_dimensions_are_matched_by_index() -> None:
     grad = normal(4, 5, 6)
     importance = torch.zeros(6, 4, 5).permute(1, 2, 0)
@@ -207,6 +287,22 @@ def test_sums_over_many_tokens_are_taken_in_blocks(dtype: torch.dtype) -> None:
     assert abs(float(gram[1, 0]) - exact) < (256 + 36) * 2.0**-24 * exact
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dim", [0, 1])
+def test_offsets_of_a_gram_matrix_take_64_bits(dim: int, dtype: torch.dtype) -> None:
+    x, gram = normal(3, 3, dtype=dtype), torch.zeros(3, 3)
+    far_x, far_gram = far_apart(x, dim), far_apart(gram, dim)
+    cuda.accumulate_gram_(gram, x, 0.5)
+    cuda.accumulate_gram_(far_gram, far_x, 0.5)
+    assert torch.equal(far_gram, gram)
+    expected, damping, mode = cuda.inverse_diagonal(gram, None, 2.0, 0.01, "exact")
+    actual, far_damping, far_mode = cuda.inverse_diagonal(far_gram, None, 2.0, 0.01, "exact")
+    assert expected is not None
+    assert actual is not None
+    assert torch.equal(actual, expected)
+    assert (far_damping, far_mode) == (damping, mode)
+
+
 def gram_of(x: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
     """Lower triangle of 2 x^T x; NaN above it, which nobody may read."""
     rows = x.double()
@@ -238,6 +334,17 @@ def test_inverse_diagonal_of_many_columns_is_eliminated_in_float32(mode: str) ->
     assert not torch.equal(actual, expected)  # in float64 all digits are right
 
 
+def test_blocks_on_the_diagonal_are_factored_in_float64() -> None:
+    # Pairs of columns that are nearly the same: a float32 pivot would keep 7 digits of 24, and all inputs are exact.
+    gram = torch.eye(1025)
+    for j in (1, 62, 500):  # both of a pair lie in one block, counted from either end
+        gram[j + 1, j] = 1 - 2.0**-18
+    expected = reference.inverse_diagonal(gram, None, 2.0, 2.0**-20, "pivot")[0]
+    actual = cuda.inverse_diagonal(gram, None, 2.0, 2.0**-20, "pivot")[0]
+    assert actual is not None
+    np.testing.assert_allclose(f64(actual), f64(expected), rtol=2.0**-21)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize(("tokens", "route"), [(10, "low_rank"), (60, "dense")])
 def test_inverse_diagonal_of_activations(tokens: int, route: str, dtype: torch.dtype) -> None:
@@ -257,6 +364,9 @@ def test_what_cannot_be_factored_is_told_apart() -> None:
         for value in (math.nan, math.inf):
             gram = torch.eye(6)
             gram[place] = value
+            with pytest.raises(ValueError, match="^gram: contains NaN or Inf"):
+                cuda.inverse_diagonal(gram, None, 2.0, 0.01, "exact")
+            gram[0, 0] = -1.0  # a pivot that fails before the others are looked at
             with pytest.raises(ValueError, match="^gram: contains NaN or Inf"):
                 cuda.inverse_diagonal(gram, None, 2.0, 0.01, "exact")
     x = normal(3, 6)
@@ -299,6 +409,35 @@ def test_a_list_is_one_long_vector_also_over_several_tables() -> None:
     assert_within(actual, expected, projection_bound(f64(whole)[None], f64(basis), 2.0**-24)[0])
 
 
+def test_dot_products_are_added_up_in_float64_over_chunks_and_over_the_list() -> None:
+    # <g, q> = 2^26 + 1 - 2^26: far apart in one vector, and in a list.
+    grad, basis = torch.zeros(1, 9000), torch.zeros(1, 9000)
+    grad[0, ::3000], basis[0, ::3000] = torch.tensor([2.0**13, 1, 2.0**13]), torch.tensor([2.0**13, 1, -(2.0**13)])
+    whole = grad.clone()
+    cuda.project_([whole], [basis], 1)
+    parts = [part.clone() for part in grad.split(3000, dim=1)]
+    cuda.project_(parts, list(basis.split(3000, dim=1)), 1)
+    assert whole[0, ::3000].tolist() == torch.cat(parts, 1)[0, ::3000].tolist() == [0, 0, 2.0**14]
+
+
+@pytest.mark.parametrize("vectors", [1, 3])
+def test_offsets_of_vectors_take_64_bits(vectors: int) -> None:
+    grads, basis = normal(vectors, 70, dtype=torch.bfloat16), orthonormal_rows(3, 70, dtype=torch.bfloat16)
+    far_grads, far_basis = far_apart(grads), far_apart(basis)
+    cuda.project_([grads], [basis], 1)
+    cuda.project_([far_grads], [far_basis], 1)
+    assert torch.equal(far_grads, grads)
+    columns, rows = normal(3, 3, seed=1), normal(3, 3, seed=1)
+    far_columns, far_rows = far_apart(columns, 1), far_apart(rows)
+    assert cuda.orthonormalize_(far_columns, None, 1e-4) == cuda.orthonormalize_(columns, None, 1e-4) == 3
+    assert cuda.orthonormalize_(far_rows, None, 1e-4) == 3
+    assert torch.equal(far_rows, columns)
+    assert torch.equal(far_columns, columns)
+    scores = uniform(3, seed=2, dtype=torch.bfloat16)
+    selected = [cuda.balanced_mask(s, s, 1, 2, (0.4, 0.8), *SELECTIONS[0])[0] for s in (scores, far_apart(scores))]
+    assert torch.equal(*selected)
+
+
 def test_nothing_to_project_on_leaves_the_vectors_alone() -> None:
     for vectors, n, rank in ((2, 5, 0), (0, 5, 2), (2, 0, 0)):
         grads = normal(vectors, n)
@@ -334,6 +473,14 @@ def test_orthogonality_does_not_depend_on_the_condition() -> None:
     vectors = (left * torch.logspace(0, -6, 20, dtype=torch.float64) @ right).float()
     assert cuda.orthonormalize_(vectors, None, 0.0) == 20
     assert loss(vectors) < 16 * 2.0**-24
+
+
+@pytest.mark.parametrize("exponent", [100, -100])
+def test_lengths_whose_squares_no_float32_holds(exponent: int) -> None:
+    vectors = normal(5, 300)
+    scaled = vectors * 2.0**exponent
+    assert cuda.orthonormalize_(vectors, None, 1e-4) == cuda.orthonormalize_(scaled, None, 1e-4) == 5
+    assert torch.equal(scaled, vectors)
 
 
 def test_dependent_rows_are_dropped_and_the_rest_moves_up() -> None:
@@ -398,6 +545,23 @@ def test_balanced_mask_of_no_columns_and_of_strided_scores() -> None:
     wide = uniform(2, 100)
     arguments = (wide.T[:, 0], uniform(200)[::2], 5, 30, (0.4, 0.8), *SELECTIONS[0])
     assert torch.equal(cuda.balanced_mask(*arguments)[0], reference.balanced_mask(*arguments)[0])
+
+
+def test_every_call_that_writes_bumps_version_counters() -> None:
+    x, mask = normal(3, 4), torch.tensor([True, False, True, False])
+    calls = {
+        "accumulate_gram_": lambda a, _: cuda.accumulate_gram_(a, x, 1.0),
+        "accumulate_importance_": lambda a, b: cuda.accumulate_importance_([a, b], [x[:1], x], None, "fisher"),
+        "merge_": lambda a, _: cuda.merge_(a, a.clone(), mask, 0.0),
+        "project_": lambda a, b: cuda.project_([a, b], [normal(1, 4), normal(1, 4)], 1),
+        "orthonormalize_": lambda a, _: cuda.orthonormalize_(a, None, 1e-4),
+    }
+    shapes = {"accumulate_gram_": [(4, 4)], "accumulate_importance_": [(1, 4), (3, 4)], "project_": [(3, 4), (3, 4)]}
+    for name, call in calls.items():
+        written = [normal(*shape, seed=1) for shape in shapes.get(name, [(3, 4)])]
+        before = [tensor._version for tensor in written]
+        call(written[0], written[-1])
+        assert all(tensor._version > version for tensor, version in zip(written, before, strict=True)), name
 
 
 def test_the_module_refuses_arguments_that_do_not_fit(module: ModuleType) -> None:

@@ -103,6 +103,51 @@ def test_a_captured_call_computes_with_what_its_tensors_hold_when_it_is_replayed
             assert torch.equal(tensor.nan_to_num(), getattr(wanted, key).nan_to_num()), key
 
 
+def test_the_same_bits_in_every_order_of_threads_and_blocks(emulation: ModuleType) -> None:  # noqa: F811
+    def answers(order: int) -> dict[str, Tensor]:
+        ctypes.CDLL(emulation.__file__).hpa_emulation_set_order(order)
+        tensors = {  # three blocks and more wherever blocks add up: a sum of two is the same both ways
+            "before": normal(300, 20),
+            "after": normal(300, 20, seed=1),
+            "columns": torch.empty(20),
+            "three": torch.empty(3, dtype=torch.float64),
+            "mask": torch.arange(20) % 3 == 0,
+            "importance": uniform(9000),
+            "grad": normal(9000, seed=2),
+            "gram": torch.zeros(140, 140),
+            "x": normal(70, 140, dtype=torch.bfloat16),
+            "full_gram": 2 * normal(90, 70).T @ normal(90, 70),
+            "diagonal": torch.empty(70),
+            "two": torch.empty(2, dtype=torch.float64),
+            "grads": normal(3, 9000),
+            "basis": orthonormal_rows(3, 9000, seed=3),
+            "vectors": normal(2, 9000, seed=4),
+            "counts": torch.empty(2, dtype=torch.float64),
+            "safety": uniform(600).mul(50).floor(),
+            "task": uniform(600, seed=5),
+            "chosen": torch.empty(600, dtype=torch.bool),
+            "five": torch.empty(5, dtype=torch.float64),
+        }
+        t, m = SimpleNamespace(**tensors), emulation
+        where = (0, STREAM, lambda count: torch.empty(count, dtype=torch.float64))
+        m.change_statistics(where, t.columns, t.three, t.before, t.after)
+        m.merge_(where, t.after, t.before, t.mask, 0.25)
+        m.accumulate_importance_(where, [t.importance], [t.grad], [])
+        m.accumulate_gram_(where, t.gram, t.x, 0.5)
+        m.inverse_diagonal(where, t.diagonal, t.two, t.full_gram, 0.01, "exact")
+        m.project_(where, [t.grads], [t.basis], 2)
+        m.orthonormalize_(where, t.vectors, t.counts, None, 1e-4)
+        m.balanced_mask(
+            where, t.chosen, t.five, t.safety, t.task, 90, 200, 0.4, 0.8, "full", "affine", 1, "cap", "none"
+        )
+        return tensors
+
+    forward = answers(0)
+    for order in (1, 7):
+        for name, tensor in answers(order).items():
+            assert torch.equal(tensor.view(torch.uint8), forward[name].view(torch.uint8)), (order, name)
+
+
 def test_a_call_names_the_current_stream_of_its_tensors_device(monkeypatch: pytest.MonkeyPatch) -> None:
     streams = {torch.device("cuda", 0): 7, torch.device("cuda", 1): 9}
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=streams[device]))

@@ -11,6 +11,7 @@ from kernel_cases import normal, orthonormal_rows, uniform
 from torch import Tensor
 
 import hpa_ext
+from hpa_ext import direct
 
 pytestmark = pytest.mark.usefixtures("device")
 
@@ -29,6 +30,7 @@ def inputs() -> dict[str, Any]:
         "after": normal(4, 5, seed=2),
         "basis": orthonormal_rows(2, 5),
         "scores": [uniform(5, seed=3), uniform(5, seed=4)],
+        "diagonals": [uniform(5, seed=5) + 0.5, uniform(5, seed=6) + 0.5],
     }
 
 
@@ -50,7 +52,11 @@ def use_those_with_numbers(t: dict[str, Any]) -> list[Any]:
     kept = hpa_ext.orthonormalize_(vectors, t["basis"])
     info: dict[str, Any] = {}
     diagonal = hpa_ext.inverse_diagonal(activations=t["x"][0], info=info)
-    return [*selection, kept, vectors + 0, diagonal, *info.items()]
+    edited = [t["after"] * 1, t["after"] * 2, t["after"] * 3]
+    edits = [hpa_ext.edit_(edited[0], t["before"], *t["diagonals"], 2, 3, alpha_mode="abs", phi_norm="mean")]
+    edits += hpa_ext.edit_(edited[1:], [t["before"]] * 2, *([d, d] for d in t["diagonals"]), [1, 2], 4)
+    flat = [item for edit in edits for item in (*edit[:-1], *edit.statistics)]
+    return [*selection, kept, vectors + 0, diagonal, *info.items(), *(weights + 0 for weights in edited), *flat]
 
 
 def same(left: list[Any], right: list[Any]) -> None:
@@ -103,10 +109,21 @@ CALLS: dict[str, Callable[[dict[str, Any]], tuple[Any, ...]]] = {
     "change_statistics": lambda t: (t["before"], t["after"], None),
     "balanced_mask": lambda t: (*t["scores"], 2, 3, [0.4, 0.8], "full", "affine", 1, "cap", "none", None),
     "merge_": lambda t: (t["after"], t["before"], t["mask"], 0.5, None),
+    "edit_": lambda t: (
+        *(t["after"], t["before"], *t["diagonals"], 2, 3, [0.4, 0.8]),
+        *("fro", "full", "affine", 1, "cap", "none", None),
+    ),
     "project_": lambda t: (t["after"], t["basis"], 1, None),
     "project_list_": lambda t: ([t["after"][0]], [t["basis"]], 1, None),
     "orthonormalize_": lambda t: (t["after"], t["basis"], None, None),
 }
+
+
+def test_every_function_is_an_operator_and_every_operator_is_called_here() -> None:
+    functions = set(direct.__all__) - {"declines"}
+    assert functions <= set(CALLS)
+    registered = torch._C._dispatch_get_all_op_names()
+    assert set(CALLS) == {name.removeprefix("hpa_ext::") for name in registered if name.startswith("hpa_ext::")}
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -122,6 +139,10 @@ SAVED: dict[str, Callable[[Tensor], Any]] = {
     "project_": lambda w: hpa_ext.project_(w, orthonormal_rows(2, 5)),
     "project_ of a list": lambda w: hpa_ext.project_([w], [torch.ones(1, 5, 5) / 5]),
     "orthonormalize_": hpa_ext.orthonormalize_,
+    "accumulate_importance_ of a list": lambda w: hpa_ext.accumulate_importance_([w], [torch.ones(5, 5)]),
+    "merge_ of a list": lambda w: hpa_ext.merge_([w], [torch.zeros(5, 5)], [mask()]),
+    "edit_": lambda w: hpa_ext.edit_(w, torch.eye(5), torch.ones(5), torch.ones(5), 1, 2),
+    "edit_ of a list": lambda w: hpa_ext.edit_([w], [torch.eye(5)], [torch.ones(5)], [torch.ones(5)], 1, 2),
 }
 
 
@@ -136,6 +157,25 @@ def test_autograd_notices_that_a_saved_tensor_was_changed(
     SAVED[name](weight.detach())
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+class Projection(torch.autograd.Function):
+    """As docs/backends.md has it."""
+
+    @staticmethod
+    def forward(ctx: Any, grads: Tensor, basis: Tensor) -> Tensor:
+        ctx.save_for_backward(basis)
+        return hpa_ext.project_(grads.clone(), basis)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None]:
+        return hpa_ext.project_(outer[0].clone(), *ctx.saved_tensors), None
+
+
+def test_a_projection_is_its_own_derivative() -> None:
+    basis = orthonormal_rows(2, 5, dtype=torch.float64)
+    grads = normal(3, 5, seed=1, dtype=torch.float64).requires_grad_()
+    assert torch.autograd.gradcheck(lambda g: Projection.apply(g, basis), grads)
 
 
 def test_functions_inside_torch_func_are_refused_by_name() -> None:
