@@ -134,6 +134,10 @@ def test_change_statistics_keep_the_digits_of_a_dot_product_that_cancels() -> No
     after = before + torch.where(torch.arange(2000) % 2 == 0, 0.5, -0.5)[:, None]
     after[0, 0] += 2.0**-20
     assert cuda.change_statistics(before, after)[1][0].item() == 2.0**-20
+    # Products of 25 bits: (1 + 2^-12)^2 - (1 + 2^-11).
+    before = torch.tensor([[1 + 2.0**-12], [-1 - 2.0**-11]])
+    after = before + torch.tensor([[1 + 2.0**-12], [1.0]])
+    assert cuda.change_statistics(before, after)[1][0].item() == 2.0**-24
 
 
 def test_change_statistics_add_up_columns_in_float64() -> None:

@@ -106,10 +106,13 @@ def test_a_captured_call_computes_with_what_its_tensors_hold_when_it_is_replayed
 def test_the_same_bits_in_every_order_of_threads_and_blocks(emulation: ModuleType) -> None:  # noqa: F811
     def answers(order: int) -> dict[str, Tensor]:
         ctypes.CDLL(emulation.__file__).hpa_emulation_set_order(order)
-        tensors = {  # three blocks and more wherever blocks add up: a sum of two is the same both ways
-            "before": normal(300, 20),
-            "after": normal(300, 20, seed=1),
-            "columns": torch.empty(20),
+        # Three blocks and more wherever blocks add up, as a sum of two is the same both ways; float64 there, since
+        # rounding float64 sums to float32 would hide most of their differences.
+        wide = torch.float64
+        tensors = {
+            "before": normal(300, 20, dtype=wide),
+            "after": normal(300, 20, seed=1, dtype=wide),
+            "columns": torch.empty(20, dtype=wide),
             "three": torch.empty(3, dtype=torch.float64),
             "mask": torch.arange(20) % 3 == 0,
             "importance": uniform(9000),
@@ -119,9 +122,9 @@ def test_the_same_bits_in_every_order_of_threads_and_blocks(emulation: ModuleTyp
             "full_gram": 2 * normal(90, 70).T @ normal(90, 70),
             "diagonal": torch.empty(70),
             "two": torch.empty(2, dtype=torch.float64),
-            "grads": normal(3, 9000),
-            "basis": orthonormal_rows(3, 9000, seed=3),
-            "vectors": normal(2, 9000, seed=4),
+            "grads": normal(3, 9000, dtype=wide),
+            "basis": orthonormal_rows(3, 9000, seed=3, dtype=wide),
+            "vectors": normal(2, 9000, seed=4, dtype=wide),
             "counts": torch.empty(2, dtype=torch.float64),
             "safety": uniform(600).mul(50).floor(),
             "task": uniform(600, seed=5),
