@@ -83,6 +83,33 @@ def test_output_is_what_the_method_makes_in_memory(tmp_path: Path, dtype: torch.
     assert check_files(tmp_path / "out") == []
 
 
+@pytest.mark.parametrize("dtypes", [("bfloat16", "float32"), ("float32", "bfloat16"), ("float16", "bfloat16")], ids=str)
+def test_states_of_two_dtypes_are_edited_in_the_better_one(tmp_path: Path, dtypes: tuple[str, str]) -> None:
+    """Each layer is METHOD's of the stored numbers, rounded once to the dtype of AFTER."""
+    pair = Pair(tmp_path, tiny_models.llama, shards="1KB")
+    first, second = (getattr(torch, name) for name in dtypes)
+    for folder, dtype in ((pair.before, first), (pair.after, second)):
+        for path in folder.glob("*.safetensors"):
+            save_file({k: v.to(dtype) for k, v in load_file(path).items()}, path, metadata={"format": "pt"})
+    adapt_checkpoint(job(pair, tmp_path / "out", "magnitude"))
+    before, after, made = (all_tensors(folder) for folder in (pair.before, pair.after, tmp_path / "out"))
+    for name, tensor in made.items():
+        assert tensor.dtype == second
+        if ".layers." not in name or "norm" in name:
+            assert torch.equal(tensor, after[name])
+            continue
+        old, new = before[name].double(), after[name].double()
+        change = new - old
+        whole = new - (change * old).sum() / old.square().sum() * old
+        kept = (tensor.double() - old).abs().amax(dim=0) <= (tensor.double() - whole).abs().amax(dim=0)
+        expected = torch.where(kept, old, whole)
+        largest = float(expected.abs().max())
+        # float32 on the way, then one rounding: half a unit in the last place of the output.
+        bound = 4 * 2.0**-24 * largest + (largest * 2.0**-8 if second == torch.bfloat16 else 0)
+        assert float((tensor.double() - expected).abs().max()) <= bound, name
+        assert 0 < int(kept.sum()) < len(kept), name
+
+
 @pytest.mark.parametrize("make", [tiny_models.qwen2, tiny_models.gpt_neox, gemma2], ids=["qwen2", "gpt_neox", "gemma2"])
 @pytest.mark.parametrize("method", ["hpa", "hpa_ls"])
 def test_families(tmp_path: Path, make: Any, method: str) -> None:

@@ -82,6 +82,9 @@ class Editor:
         """
         assert entry.layer is not None
         layer = entry.layer
+        if isinstance(update, Tensor) and update.dtype != before.dtype:  # the edit has the precision of the better one
+            both = torch.promote_types(before.dtype, update.dtype)
+            before, update = before.to(both), update.to(both)
         seen: dict[str, InputStatistics] = {}
         for role in ("safety", "task"):
             want = frozenset(kind for kind in ("diagonal", "gram") if f"{role}_{kind}" in self.method.needs)

@@ -369,7 +369,7 @@ def _why_copied(name: str, info: TensorInfo, decoder: Decoder, left_out: set[str
         return "outside the decoder"
     if is_router(canonical):
         return "router of experts"
-    if len(info.shape) == 3 and "expert" in name:
+    if len(info.shape) == 3 and ("expert" in name or "moe" in name):
         return "experts in one tensor: not edited"
     if len(info.shape) < 2:
         return "norm or bias"
