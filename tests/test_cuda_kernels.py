@@ -576,5 +576,12 @@ def test_the_module_refuses_arguments_that_do_not_fit(module: ModuleType) -> Non
         module.merge_(where, torch.zeros(2, 3), torch.zeros(2, 3), torch.zeros(3), 0.0)
 
 
+def test_both_zeros_are_one_score() -> None:
+    zeros = torch.tensor([-0.0, 0.0, -0.0, 0.0, 0.0, -0.0])
+    ones = torch.ones(6)
+    assert cuda.balanced_mask(zeros, ones, 2, 3, (0.4, 0.8), *SELECTIONS[0])[0].tolist() == [True] * 2 + [False] * 4
+    assert cuda.balanced_mask(zeros, zeros, 2, 3, (0.4, 0.8), *SELECTIONS[3])[0].tolist() == [True] * 2 + [False] * 4
+
+
 def test_the_binding_and_the_package_speak_of_one_interface(module: ModuleType) -> None:
     assert module.INTERFACE == backend.CUDA_INTERFACE

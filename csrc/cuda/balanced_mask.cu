@@ -5,8 +5,10 @@
 //                                                                           safety, task [cols], mask bool [cols]
 //
 // Arithmetic   float64; sums are carried in two doubles (about 106 bits), so that their rounding does not depend on the
-//              order; phi is a product and a difference, each rounded.  Every ranking is by (-score, index), a total
-//              order.  alpha and m can differ from other backends in the last digits: log and tanh are CUDA's own.
+//              order; phi is a product and a difference, each rounded.  The sum of logs is the log of a product, as in
+//              csrc/cpu/balanced_mask.cpp: significands of 128 bits, of which the leading 64 are used.  Every ranking is
+//              by (-score, index), a total order.  alpha and m can differ from other backends in the last digits: log and
+//              tanh are CUDA's own.
 // Bytes moved  both scores some ten times, from the second-level cache (88 KB at 11008 columns); a few bytes a column
 //              of scratch.
 // Bound        latency: one block, because each of the steps below needs all of the one before.
@@ -16,6 +18,8 @@
 //              over the columns in their order.  Integer counts alone meet in atomic operations: the same bits on every
 //              run.
 // Resident     blocks of 512 threads: selection_kernel 1.  The 64 registers of 1024 threads are not enough for sm_100.
+#include <numbers>
+
 #include "elements.cuh"
 #include "hpa/check.h"
 #include "launch.cuh"
@@ -56,6 +60,39 @@ struct Sum {
   __device__ double value() const { return high + low; }
 };
 
+// A product of positive numbers, (high 2^64 + low) 2^(exponent - 127) with the highest bit set.  What a multiplication
+// cuts off is below the last of 128 bits.
+struct Product {
+  std::uint64_t high, low;
+  std::int64_t exponent;
+  static __device__ Product one() { return {std::uint64_t{1} << 63, 0, 0}; }
+  __device__ void multiply(const Product& other) {
+    __extension__ using Wide = unsigned __int128;
+    Wide product = static_cast<Wide>(high) * other.high;
+    product += (static_cast<Wide>(high) * other.low) >> 64;
+    product += (static_cast<Wide>(low) * other.high) >> 64;
+    exponent += other.exponent + 1;
+    if (static_cast<std::uint64_t>(product >> 127) == 0) {
+      product <<= 1;
+      --exponent;
+    }
+    high = static_cast<std::uint64_t>(product >> 64);
+    low = static_cast<std::uint64_t>(product);
+  }
+  __device__ void multiply(double factor) {
+    Product other = one();
+    if (factor < 0x1p-1022) {  // subnormal
+      factor *= 0x1p64;
+      other.exponent = -64;
+    }
+    const auto bits = static_cast<std::uint64_t>(__double_as_longlong(factor));
+    other.high = bits << 11 | std::uint64_t{1} << 63;
+    other.exponent += static_cast<std::int64_t>(bits >> 52) - 1023;
+    multiply(other);
+  }
+  __device__ double significand() const { return static_cast<double>(high) * 0x1p-63; }  // [1, 2]
+};
+
 // Integers in the order of the scores; both zeros are one.
 __device__ __forceinline__ std::uint64_t sortable(double score) {
   const auto bits = static_cast<std::uint64_t>(__double_as_longlong(score + 0.0));
@@ -71,6 +108,7 @@ struct Shared {
   unsigned counts[kDigits];
   unsigned warp_counts[kWarps];
   double warp_high[kWarps], warp_low[kWarps];
+  Product warp_products[kWarps];
   std::uint64_t prefix;
   unsigned wanted, digit_count;
 };
@@ -107,6 +145,23 @@ __device__ __forceinline__ double block_sum(Sum sum, Shared& shared) {
     total.add(part);
   }
   return total.value();
+}
+
+__device__ __forceinline__ Product block_product(Product product, Shared& shared) {
+#pragma unroll
+  for (int distance = kWarp / 2; distance > 0; distance /= 2) {
+    Product other;
+    other.high = __shfl_xor_sync(kAllLanes, product.high, distance);
+    other.low = __shfl_xor_sync(kAllLanes, product.low, distance);
+    other.exponent = __shfl_xor_sync(kAllLanes, product.exponent, distance);
+    product.multiply(other);
+  }
+  __syncthreads();
+  if (lane_index() == 0) shared.warp_products[warp_index()] = product;
+  __syncthreads();
+  Product total = Product::one();
+  for (int w = 0; w < kWarps; ++w) total.multiply(shared.warp_products[w]);
+  return total;
 }
 
 // Sets `flag` in the first `count` columns by (-key, index), of those for which among(j); key(j) is a sortable integer.
@@ -219,23 +274,29 @@ __global__ void __launch_bounds__(kThreads)
   choose_best(cols, focus, by_safety, any, flags, kSafetyFocus, shared);
   choose_best(cols, focus, by_task, any, flags, kTaskFocus, shared);
 
-  Sum log_ratios, safety_sum, task_sum;
+  Sum safety_sum, task_sum;
+  Product safeties = Product::one(), tasks = Product::one();
   unsigned positive = 0, overlap = 0;
   for (std::int64_t j = thread; j < cols; j += kThreads) {
     const double eps = score_at(safety, j), zeta = score_at(task, j);
     safety_sum.add(eps);
     task_sum.add(zeta);
     if (eps > 0 && zeta > 0) {
-      log_ratios.add(log(eps) - log(zeta));
+      safeties.multiply(eps);
+      tasks.multiply(zeta);
       ++positive;
     }
     overlap += in_overlap(j) ? 1 : 0;
   }
-  const double log_ratio_sum = block_sum(log_ratios, shared);
+  safeties = block_product(safeties, shared);
+  tasks = block_product(tasks, shared);
   const double safety_mean = block_sum(safety_sum, shared) / static_cast<double>(cols);
   const double task_mean = block_sum(task_sum, shared) / static_cast<double>(cols);
   positive = block_count(positive, shared);
   overlap = block_count(overlap, shared);
+  const double log_ratio_sum =
+      __dadd_rn(__dadd_rn(log(safeties.significand()), -log(tasks.significand())),
+                __dmul_rn(static_cast<double>(safeties.exponent - tasks.exponent), std::numbers::ln2));
   const double log_ratio = positive == 0 ? 0.0 : log_ratio_sum / positive;
   const double alpha = choose_alpha(options, log_ratio);
   const bool over_mean = options.phi_norm == SelectionOptions::PhiNorm::mean;
