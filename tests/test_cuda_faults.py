@@ -31,7 +31,8 @@ SMALL = """(dtype0 and contiguous and not every and (65-264 or 300-70 or 1-37))
 # thousand threads.
 SMALLER = """(contiguous and dtype0 and not every and (test_change_statistics and 300-70 or test_merge and 65-264-0.37))
     or (contiguous and dtypes1 and (taylor or 2-2049-33)) or (test_accumulate_gram and 70-65 and contiguous)
-    or (test_inverse_diagonal and 33 and exact and dtype0) or (test_orthonormalize and 1-1-0 and contiguous)
+    or (test_inverse_diagonal and 33 and exact and dtype0)
+    or (test_orthonormalize and 1-2049-0 and contiguous and dtype0)
     or (balanced_mask and 300 and dtype0 and options0)"""
 
 

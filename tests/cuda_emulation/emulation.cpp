@@ -246,6 +246,7 @@ void run_block() {
     fiber.parity = 0;
     fiber.barriers = 0;
     fiber.copies.clear();
+    fiber.clock = 0;
     fiber.seen.clear();
 #if defined(HPA_EMULATION_ASAN)
     // The last frames of the thread before never returned.
