@@ -9,7 +9,10 @@ from hpa.data.scenario import Scenario
 
 __all__ = ["SCENARIOS", "load_scenario"]
 
-SCENARIOS: dict[str, str] = {"demo": "hpa.data.demo:DemoScenario"}
+SCENARIOS: dict[str, str] = {
+    "demo": "hpa.data.demo:DemoScenario",
+    "smollm2": "hpa.data.smollm2:SmolLM2Scenario",
+}
 """Name to ``module:class``; the module is imported only when the scenario is asked for."""
 
 

