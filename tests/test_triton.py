@@ -222,6 +222,22 @@ def test_project_compiles_to_wide_accesses(target: str, dtype: str) -> None:
                 assert compiled.count("load") >= 8 * 256 * size // (16 * threads_of(target, num_warps))
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_a_float64_basis_of_bfloat16_grads_compiles(target: str) -> None:
+    """The one way from float64 to bfloat16, which the interpreter does not go as machines do."""
+    from hpa_ext.triton import project
+
+    grads, basis = [torch.zeros(1, 512, dtype=torch.bfloat16)], [torch.zeros(9, 512, dtype=torch.float64)]
+    table = project.table_of([grads, basis], 1, 512)[0]
+    options = project._Vectors(table, grads, basis, project.arithmetic(*grads, *basis), 512).constants
+    num_warps = options.pop("num_warps")
+    signature = {"pieces": "*i64", "piece_of": "*i32", "coefficients": "*fp64", "vectors": "i32", "rank": "i32"}
+    compiled = Compiled(target, project.update_kernel, signature, options, num_warps)
+    assert compiled.spills() == 0
+    if compiled.cuda:  # by way of float32, rounded so that the second rounding is the only one
+        assert "cvt.rn.f32.f64" in compiled.code.asm["ptx"]
+
+
 @pytest.mark.parametrize("dtype", NAMES)
 @pytest.mark.parametrize("target", TARGETS)
 def test_orthonormalize_and_inverse_diagonal_compile_without_spills(target: str, dtype: str) -> None:

@@ -40,14 +40,15 @@ DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 
 @pytest.fixture(autouse=True, scope="module")
 def round_to_bfloat16_like_a_machine() -> None:
-    """Triton's interpreter cuts float32 off to bfloat16 and multiplies bfloat16 in ``dot`` as integers; machines round
-    to nearest even and multiply numbers."""
+    """Triton's interpreter cuts float32 off to bfloat16, takes float64 for an integer on the way there, and multiplies
+    bfloat16 in ``dot`` as integers; machines round to nearest even and multiply numbers."""
     if not INTERPRETED:
         return
     import triton.language as tl
     from triton.runtime import interpreter
 
-    convert, dot = interpreter._convert_float, interpreter.InterpreterBuilder.create_dot
+    builder = interpreter.InterpreterBuilder
+    convert, cast, dot = interpreter._convert_float, builder.cast_impl, builder.create_dot
 
     def convert_float(data, source, target, rounding_mode):
         if (source, target) != (tl.float32, tl.bfloat16):
@@ -55,11 +56,17 @@ def round_to_bfloat16_like_a_machine() -> None:
         floats = torch.from_numpy(np.ascontiguousarray(data, dtype=np.float32))
         return floats.bfloat16().view(torch.uint16).numpy()
 
+    def cast_impl(self, source, target):
+        if (source.dtype.scalar, target.scalar) != (tl.float64, tl.bfloat16):
+            return cast(self, source, target)
+        doubles = torch.from_numpy(np.ascontiguousarray(source.data))
+        return interpreter.TensorHandle(doubles.bfloat16().view(torch.uint16).numpy(), tl.bfloat16)
+
     def create_dot(self, a, b, d, *options):
         a, b = (self.cast_impl(x, tl.float32) if x.dtype.scalar == tl.bfloat16 else x for x in (a, b))
         return dot(self, a, b, d, *options)
 
-    interpreter._convert_float, interpreter.InterpreterBuilder.create_dot = convert_float, create_dot
+    interpreter._convert_float, builder.cast_impl, builder.create_dot = convert_float, cast_impl, create_dot
 
 
 def here(tensor: Tensor) -> Tensor:
@@ -311,7 +318,9 @@ def test_project(dtype: torch.dtype, vectors: int, n: int, rank: int) -> None:
     assert_within(grads.cpu(), expected.cpu(), limit)
 
 
-@pytest.mark.parametrize("dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.float64)])
+@pytest.mark.parametrize(
+    "dtypes", [(torch.bfloat16, torch.float32), (torch.float32, torch.float64), (torch.bfloat16, torch.float64)]
+)
 @pytest.mark.parametrize("vectors", [2, 20])
 def test_project_takes_a_basis_of_another_dtype_and_layout_and_repeats(dtypes, vectors: int) -> None:
     grads = here(LAYOUTS["every_other_column"](normal(vectors, 70, dtype=dtypes[0])))
