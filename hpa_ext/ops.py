@@ -249,6 +249,9 @@ def inverse_diagonal(
             break
         # One part in a million more than the limit: 0.01 * 10 * 10 may be a little above 1.
         if used * 10 > 1.0 + 1e-6:
+            # A blocked factorization may stop at a bad pivot before it meets a NaN that lies further down.
+            if gram_tensor is not None and not gram_tensor.tril().isfinite().all():
+                raise ValueError(f"{name}: contains NaN or Inf")
             raise FactorizationError(
                 f"{name}: the Gram matrix is not positive definite, even with damping {used:g} (lambda {lam:g})"
             )

@@ -251,6 +251,11 @@ def test_nan_and_inf_are_errors(backend: str, value: float) -> None:
         gram[place] = value
         with pytest.raises(ValueError, match=r"^gram: contains NaN or Inf"):
             hpa_ext.inverse_diagonal(gram, backend=backend)
+    # Also where a bad pivot comes first: the number below it is what is wrong.
+    gram = torch.eye(600)
+    gram[1, 0], gram[500, 3] = 9.0, value
+    with pytest.raises(ValueError, match=r"^gram: contains NaN or Inf"):
+        hpa_ext.inverse_diagonal(gram, backend=backend)
     for tokens in (3, 12):
         x = normal(tokens, 6)
         x[1, 2] = value
