@@ -26,6 +26,7 @@ from transformers import T5Config, T5ForConditionalGeneration
 from hpa.checkpoint import CalibrationJob, CheckpointError, Job, adapt_checkpoint, calibrate_checkpoint, plan_job
 from hpa.checkpoint.buffers import Buffers
 from hpa.checkpoint.claims import Claims
+from hpa.checkpoint.distributed import ProcessGroup
 from hpa.checkpoint.files import Folder, encode_header, read_tensor, read_tensor_file
 from hpa.checkpoint.stream import HashedFile, Room, hash_file, read_ahead
 from hpa.methods import create_method
@@ -538,6 +539,20 @@ def torchrun(processes: int, *arguments: Any) -> subprocess.CompletedProcess[str
         timeout=240,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
+
+
+@pytest.mark.parametrize(("gpu", "backend"), [(False, "gloo"), (True, "cpu:gloo,cuda:nccl")])
+def test_tensors_on_the_cpu_meet_also_where_there_is_a_gpu(
+    monkeypatch: pytest.MonkeyPatch, gpu: bool, backend: str
+) -> None:
+    asked = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpu)
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: False)
+    monkeypatch.setattr("torch.distributed.init_process_group", asked.append)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: 0)
+    monkeypatch.setattr("torch.distributed.get_world_size", lambda: 2)
+    ProcessGroup()
+    assert asked == [backend]
 
 
 @pytest.mark.slow

@@ -29,7 +29,8 @@ class ProcessGroup:
 
     def __init__(self) -> None:
         if not dist.is_initialized():
-            dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+            # A GPU in the machine does not mean that a tensor lies on it: what lies on the CPU meets there.
+            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo")
         self.rank, self.size = dist.get_rank(), dist.get_world_size()
 
     def share(self, items: Sequence[Item]) -> list[Item]:
