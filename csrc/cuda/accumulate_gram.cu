@@ -5,8 +5,10 @@
 //              total in registers; after 8192 tokens the total is scaled and added to gram.  The matrix units round
 //              their sums towards zero, which adds up over tokens: with 256 the bias stays below 16 roundings.  The scale
 //              is applied to sums, so that 16-bit activations are not rounded a second time.
-// Bytes moved  a tile of 128 x 128 reads 256 columns of x: x is read cols / 128 times in all, from the second-level
-//              cache for the most part.  The lower half of gram is read and written once for each 8192 tokens.
+// Bytes moved  a tile of 128 x 128 reads 256 columns of x, on the diagonal 128: x is read cols / 128 times in all, from
+//              the second-level cache for the most part.  Without matrix units a tile on the diagonal reads its columns
+//              twice: once more; and tiles are 64 x 64 in float64: cols / 64 + 1 times.  The lower half of gram is read
+//              and written once for each 8192 tokens.
 // Bound        the matrix units: cols^2 tokens multiply-adds, half of a full product.
 // Design       Tiles on and below the diagonal only, one a block.  mma.sync rather than the asynchronous instructions of
 //              sm_90 and sm_100: one source for all generations, PTX that later ones can compile, and a program that runs

@@ -9,8 +9,10 @@
 //              csrc/cpu/balanced_mask.cpp: significands of 128 bits, of which the leading 64 are used.  Every ranking is
 //              by (-score, index), a total order.  alpha and m can differ from other backends in the last digits: log and
 //              tanh are CUDA's own.
-// Bytes moved  both scores some ten times, from the second-level cache (88 KB at 11008 columns); a few bytes a column
-//              of scratch.
+// Bytes moved  a selection reads its scores once for each digit that it follows (mostly 1 to 4 where scores differ, all
+//              8 where the last place is among equals), and those of its candidates once more to choose.  Each score is
+//              in one or two selections, and read once for m and the means: some 5 to 10 times, at most 19, from the
+//              second-level cache (88 KB at 11008 columns).  A byte a column of scratch.
 // Bound        latency: one block, because each of the steps below needs all of the one before.
 // Design       Selection by radix: scores become integers of the same order, eight bits at a time from the top are
 //              counted, and the digit that holds the last place is followed; ends early where a whole digit is wanted.

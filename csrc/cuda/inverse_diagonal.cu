@@ -7,7 +7,8 @@
 // Arithmetic     float64 for float64 output and for at most 1024 columns, else float32, never TF32; the blocks on the
 //                diagonal in float64.
 // Bytes moved    the part that is left, read and written once for each 64 columns: about cols^3 / 24 bytes in float32,
-//                which takes as long as the multiply-adds on sm_90.
+//                which takes as long as the multiply-adds on sm_90; four times as many in float64, in steps of 32
+//                columns; half for pivots.  Tiles read the panel, half as many bytes again, from the second-level cache.
 // Bound          multiply-add outside of the matrix units, and memory.
 // Why our own    cuSOLVER and cuBLAS through torch would need the factor and a full triangular solve: cols^3 more
 //                multiply-adds than here, a second cols^2 buffer, and TF32 wherever the user has allowed it for products.

@@ -5,8 +5,10 @@
 //              second sweep shrinks it below 1/sqrt(2) (Kahan and Parlett).
 // Arithmetic   as project.cu; norms are summed in float64.  Rows are stored in their own dtype between steps.
 // Bytes moved  a block reads the rows before it four times (two sweeps, dot products and differences): about m / 4
-//              readings of `vectors`, and 8 readings of each row within its block, from the second-level cache where
-//              eight rows fit it.
+//              readings of `vectors`, and m / 2 of `basis`.  Its own rows it reads twice for each eight rows before it,
+//              about m / 8 readings of `vectors`, and beside that about 25 times, and writes about 6 times: lengths,
+//              norms, scaling, and the other rows of the block.  These come from the second-level cache where eight
+//              rows fit it.
 // Bound        memory for long rows; for short ones the latency of about 90 launches a block of eight.
 // Design       How many rows are kept is known on the device alone, and nothing waits for it: a dropped row becomes zero,
 //              which projections do not notice, the launches are the same whatever the data is, and a last kernel moves

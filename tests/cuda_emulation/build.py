@@ -2,7 +2,8 @@
 machine.cuh in place of the toolkit's and the GPU's.  Tensors on the CPU stand for tensors on the device.
 
 HPA_CUDA_EMULATION          "address": with the address and undefined-behaviour sanitizers, "thread": with the thread
-                            sanitizer; `environment` is what a process needs that loads such a module.
+                            sanitizer; `environment` is what a process needs that loads such a module.  "counting":
+                            with loads and stores counted (counting.cpp).
 HPA_CUDA_EMULATION_KERNELS  a folder to be used for csrc/cuda, for a copy with a fault.
 """
 
@@ -37,6 +38,7 @@ SANITIZERS = {
         "-DHPA_EMULATION_ASAN",
     ],
     "thread": ["-O1", "-g1", "-fsanitize=thread", "-DHPA_EMULATION_TSAN"],
+    "counting": ["-O0", "-fsanitize=thread", "-DHPA_EMULATION_COUNTING"],
 }
 
 
@@ -63,10 +65,11 @@ def built(source: Path, flags: list[str], folder: Path) -> tuple[Path, list[str]
     command = ["g++", *FLAGS, *flags, *INCLUDES, "-x", "c++", "-c", str(source)]
     digest = hashlib.sha256(sys.version.encode())
     digest.update(" ".join(word for word in command if str(KERNELS) not in word).encode())
-    headers = [*KERNELS.glob("*.*h"), *HERE.glob("*.*h"), *(ROOT / "csrc" / "bindings").glob("*.h")]
-    headers += (ROOT / "csrc" / "include" / "hpa").glob("*.h")
-    for file in (source, *sorted(headers)):
-        digest.update(file.read_bytes())
+    # One folder after the other: where a copy lies has no part in the order, so that it shares objects with the tree.
+    digest.update(source.read_bytes())
+    for headers in (KERNELS, HERE, ROOT / "csrc" / "bindings", ROOT / "csrc" / "include" / "hpa"):
+        for file in sorted(headers.glob("*.*h")):
+            digest.update(file.read_bytes())
     to = folder / f"{source.stem}-{digest.hexdigest()[:16]}.o"
     return to, None if to.exists() else [*command, "-o", str(to)]
 
@@ -92,13 +95,15 @@ def module() -> ModuleType:
     sanitizer = os.environ.get("HPA_CUDA_EMULATION", "")
     flags = SANITIZERS[sanitizer]
     # The emulator's own bookkeeping is not part of the program that is looked at for races.
-    own_flags = [flag for flag in flags if flag != "-fsanitize=thread"]
+    counting = sanitizer == "counting"
+    own_flags = SANITIZERS[""] if counting else [flag for flag in flags if flag != "-fsanitize=thread"]
     python = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
     defined = [f'-DHPA_VERSION="{hpa_ext.__version__}"', "-DHPA_CUDA_MODULE=_cuda_emulation"]
     defined += ["-DHPA_CUDA_DEVICE_TYPE=kDLCPU", "-fvisibility=hidden"]
     parts = [(source, flags) for source in sorted(KERNELS.glob("*.cu"))]
     parts += [(ROOT / "csrc" / "bindings" / "bind_cuda.cpp", [*own_flags, *python, *defined])]
     parts += [(HERE / "python.cpp", [*own_flags, *python]), (HERE / "emulation.cpp", own_flags)]
+    parts += [(HERE / "counting.cpp", own_flags)] if counting else []
 
     folder = Path(tempfile.gettempdir()) / "hpa-cuda-emulation"
     folder.mkdir(exist_ok=True)
@@ -109,7 +114,8 @@ def module() -> ModuleType:
         names = " ".join(path.name for path, _ in objects)
         shared = folder / f"module-{hashlib.sha256(names.encode()).hexdigest()[:16]}.so"
         if not shared.exists():
-            link = ["g++", "-shared", *(flag for flag in flags if flag.startswith("-fsanitize"))]
+            libraries = [] if counting else [flag for flag in flags if flag.startswith("-fsanitize")]
+            link = ["g++", "-shared", *libraries]
             compile_all([[*link, *(str(path) for path, _ in objects), "-o", str(shared)]])
     spec = importlib.util.spec_from_file_location("_cuda_emulation", shared)
     assert spec is not None

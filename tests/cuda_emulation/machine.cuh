@@ -9,6 +9,10 @@
   auto& name = *static_cast<type(*)[size]>(         \
       ::emulation::shared_memory(__COUNTER__, sizeof(type) * static_cast<std::size_t>(size)))
 
+#if defined(HPA_EMULATION_COUNTING)
+extern "C" void hpa_counting_read(const void* address, std::size_t bytes);  // what happens in emulation.cpp
+#endif
+
 namespace hpa::cuda {
 
 inline float half_to_float(std::uint16_t bits) { return static_cast<float>(std::bit_cast<_Float16>(bits)); }
@@ -29,7 +33,12 @@ void store_whole(void* to, T value) {
 }
 
 // A copy happens as late as it may: when its thread waits for it.
-inline void copy_async(void* shared, const void* global, int valid) { emulation::copy_later(shared, global, valid); }
+inline void copy_async(void* shared, const void* global, int valid) {
+#if defined(HPA_EMULATION_COUNTING)
+  hpa_counting_read(global, static_cast<std::size_t>(valid));
+#endif
+  emulation::copy_later(shared, global, valid);
+}
 inline void commit_copies() { emulation::commit_copies(); }
 template <int Pending>
 void wait_copies() { emulation::finish_copies(Pending); }
