@@ -374,9 +374,14 @@ def test_orthonormalize(dtype: torch.dtype, rows: int, n: int, known: int) -> No
     assert kept == wanted == (8 if rows == 10 else rows)
     assert not vectors[kept:].any()
     # Storage rounds each entry of a unit row: n entries of about n^-1/2, so one roundoff a row, and a few of sums.
-    unit = max(4 * rounded(np.ones(1), dtype)[0], 4 * ROUNDOFF[dtype])
-    q = f64(vectors[:kept].cpu())
-    assert np.abs(q @ q.T - np.eye(kept)).max() <= unit
+    storage = rounded(np.ones(1), dtype)[0]
+    unit = max(4 * storage, 4 * ROUNDOFF[dtype])
+    q = f64(vectors[:kept].cpu()).astype(np.longdouble)  # products here round to nothing that counts
+    products = q @ q.T
+    # A square length takes an entry's storage twice; and in float64 scaling, root and reciprocal twice (6), and the
+    # product and up to 13 additions on the way of a square into the sum.
+    assert np.abs(products.diagonal() - 1).max() <= 2 * storage * (1 + storage) + 20 * 2.0**-53
+    assert np.abs(products - np.diag(products.diagonal())).max() <= unit
     if basis is not None:
         assert np.abs(q @ f64(basis.cpu()).T).max() <= unit
     torch.testing.assert_close(vectors, expected, rtol=0, atol=8 * unit)
