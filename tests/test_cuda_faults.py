@@ -78,7 +78,7 @@ FAULTS = {
         ("", "test_change_statistics and 300-70", "AssertionError"),
     ),
     "a warp's mask leaves lanes out": (
-        ("balanced_mask.cu", "other.high = __shfl_xor_sync(kAllLanes", "other.high = __shfl_xor_sync(0xffffu"),
+        ("balanced_mask.cu", "__shfl_xor_sync(kAllLanes, product.high", "__shfl_xor_sync(0xffffu, product.high"),
         ("", "test_balanced_mask and 300", "emulation: a lane is not in the mask"),
     ),
     "an asynchronous copy is not waited for": (

