@@ -22,6 +22,7 @@ import hpa as library
 from hpa.checkpoint import CalibrationJob, CheckpointError, Folder, Job, Statistics, adapt_checkpoint, plan_job
 from hpa.checkpoint.adapt import check_files
 from hpa.checkpoint.calibrate import calibrate_checkpoint
+from hpa.checkpoint.lazy_model import LazyModel
 from hpa.data.encode import Encoder
 from hpa.data.files import read_conversations
 from hpa.methods import create_method
@@ -597,3 +598,35 @@ def llava_processor() -> Any:
         num_additional_image_tokens=1,
         image_token="<image>",
     )
+
+
+def test_a_streamed_model_lies_on_the_device_that_is_asked_for(tmp_path: Path) -> None:
+    """With "meta" for a GPU: torch refuses what is computed from tensors of both it and the CPU."""
+    llama = tiny_models.llama()
+    llama.save_pretrained(tmp_path)
+    for device in ("cpu", "meta"):
+        lazy = LazyModel(Folder(tmp_path, "MODEL"), device=device)
+        assert lazy.streamed
+        ids = torch.arange(6, device=device)[None]
+        causal = torch.ones(1, 1, 6, 6, dtype=torch.bool, device=device).tril()
+        logits = lazy.model(ids, attention_mask=causal, use_cache=False).logits
+        assert logits.device.type == device
+        outside = {name for name, tensor in lazy.model.state_dict().items() if tensor.device.type != device}
+        assert not {name for name in outside if "layers." not in name}
+        assert {tensor.device.type for tensor in lazy.model.buffers()} == {device}
+        if device == "cpu":
+            torch.testing.assert_close(logits, llama(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("device", "said"),
+    [
+        ("tpu", "device: expected cpu, cuda or cuda:N, got 'tpu'"),
+        ("meta", "device: expected cpu, cuda or cuda:N, got 'meta'"),
+        ("cuda:99", r"device: expected one of the \d+ CUDA devices that torch sees, got cuda:99"),
+    ],
+)
+def test_a_device_that_is_not_there_is_told(tmp_path: Path, device: str, said: str) -> None:
+    calibration = CalibrationJob(tmp_path, tmp_path / "x.json", "task", tmp_path / "out", device=device)
+    with pytest.raises(CheckpointError, match=said):
+        calibrate_checkpoint(calibration)

@@ -197,6 +197,7 @@ def calibrate_command(
     dtype: Annotated[
         Literal["stored", "float32", "bfloat16"], typer.Option(help="Of the weights in memory.")
     ] = "stored",
+    device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda or cuda:N.")] = "cpu",
     max_length: Annotated[int, typer.Option(min=1, help="Tokens of a text sample.")] = 2048,
     set_: Annotated[
         list[str] | None,
@@ -229,6 +230,7 @@ def calibrate_command(
         energy=energy,
         image_root=images,
         dtype=None if dtype == "stored" else getattr(torch, dtype),
+        device=device,
         max_length=max_length,
         trust_remote_code=trust_remote_code,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +40,7 @@ class CalibrationJob:
         want: diagonals, Gram matrices or both.
         energy: store leading vectors that hold this share of a Gram matrix's trace, where that is smaller.
         dtype: of the weights in memory; as stored when ``None``.
+        device: where the model runs; under ``torchrun`` ``"cuda"`` is another GPU for each process of a machine.
     """
 
     model: Path
@@ -53,6 +55,7 @@ class CalibrationJob:
     energy: float | None = None
     image_root: Path | None = None
     dtype: torch.dtype | None = None
+    device: str = "cpu"
     max_length: int = 2048
     trust_remote_code: bool = False
 
@@ -73,6 +76,7 @@ def calibrate_checkpoint(job: CalibrationJob, progress: Callable[[int, int], Non
         CheckpointError, DataError: inputs that cannot be used.
         ValueError: activations that are not finite (the layer is named).
     """
+    device = _device(job.device)
     folder = Folder(job.model, "MODEL")
     adapter = None
     if folder.is_adapter:
@@ -94,7 +98,7 @@ def calibrate_checkpoint(job: CalibrationJob, progress: Callable[[int, int], Non
         raise CheckpointError(
             f"{job.data}: {len(held.conversations)} samples cannot be shared by {group.size} processes; start fewer"
         )
-    lazy = LazyModel(folder, adapter, dtype=job.dtype, trust_remote_code=job.trust_remote_code)
+    lazy = LazyModel(folder, adapter, dtype=job.dtype, device=device, trust_remote_code=job.trust_remote_code)
     layers = find_layers(lazy.model, job.config.include_projector, blocks=job.config.blocks)
     stream = CalibrationStream(
         lazy.model,
@@ -139,3 +143,25 @@ def calibrate_checkpoint(job: CalibrationJob, progress: Callable[[int, int], Non
             )
         )
     return Statistics(job.out)
+
+
+def _device(name: str) -> torch.device:
+    """The device of this process.
+
+    Raises:
+        CheckpointError: no such device here.
+    """
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise CheckpointError(f"device: expected cpu, cuda or cuda:N, got {name!r}")
+    if device.type == "cpu":
+        return device
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    index = device.index if ":" in name else int(os.environ.get("LOCAL_RANK", "0"))
+    if index >= count:
+        raise CheckpointError(f"device: expected one of the {count} CUDA devices that torch sees, got cuda:{index}")
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)

@@ -70,7 +70,7 @@ class ProcessGroup:
         if self.rank == owner:
             assert held is not None
             with _all_together():
-                dist.send(held.contiguous(), dst=0)
+                dist.send(held.cpu().contiguous(), dst=0)
             return held
         received = torch.empty(shape[1], dtype=shape[0])
         with _all_together():

@@ -45,14 +45,19 @@ class LazyModel:
         adapter: Adapter | None = None,
         *,
         dtype: torch.dtype | None = None,
+        device: torch.device | str = "cpu",
         trust_remote_code: bool = False,
     ) -> None:
-        """``dtype``: of the weights in memory; by default as they are stored.
+        """The model, ready to run.
+
+        Args:
+            dtype: of the weights in memory; by default as they are stored.
+            device: where it runs: a block's weights go there when it does.
 
         Raises:
             CheckpointError: transformers does not know the model, or has no place for one of its tensors.
         """
-        self._folder, self._dtype = folder, dtype
+        self._folder, self._dtype, self._device = folder, dtype, torch.device(device)
         self._disk = decoder_of(folder)
         self._updates = {} if adapter is None else adapter.factors_on(folder.tensors)
         self._replaced = {} if adapter is None else adapter.replaced_on(folder.tensors)
@@ -157,8 +162,8 @@ class LazyModel:
         tensor = read_tensor(self._replaced.get(name, self._folder.tensors[name]))
         dtype = tensor.dtype if self._dtype is None or not tensor.is_floating_point() else self._dtype
         if name in self._updates:
-            return add_update(tensor, self._updates[name].read(), dtype)
-        return tensor.to(dtype)
+            tensor = add_update(tensor, self._updates[name].read(), dtype)
+        return tensor.to(self._device, dtype)
 
     def _load_outside(self) -> None:
         assert self._loaders is not None
@@ -177,6 +182,11 @@ class LazyModel:
             if id(parameter) not in done:
                 done[id(parameter)] = self._loaders[full]()
             _assign(owner, name, done[id(parameter)])
+        # What is computed, not stored (the frequencies of rotary embeddings, masks), is there already.
+        for module in self.model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None:
+                    module._buffers[name] = buffer.to(self._device)
 
     def _load_whole(self, trust_remote_code: bool) -> None:
         model = self._architecture.from_pretrained(
@@ -192,7 +202,7 @@ class LazyModel:
                 target.copy_(add_update(target, factors.read(), target.dtype))
             for tensor, info in self._replaced.items():
                 _parameter_like(model, tensor, self._disk).copy_(read_tensor(info))
-        self.model = model
+        self.model = model.to(self._device)
         self._blocks = model.get_submodule(self.decoder.path)
 
 
