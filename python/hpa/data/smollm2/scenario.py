@@ -18,11 +18,11 @@ from safetensors.torch import load_file, save_file
 
 from hpa.data.demo import pictures, world
 from hpa.data.demo.model import DemoLlava, Recipe, train_tower
-from hpa.data.packaged import prompts, same_prompt_key
+from hpa.data.packaged import PROMPT_LISTS, prompts, require, same_prompt_key
 from hpa.data.scenario import Sample
-from hpa.data.smollm2.model import Chat, add_eyes, published_decoder, train_projector
+from hpa.data.smollm2.model import MODEL_FILES, Chat, add_eyes, published_decoder, train_projector
 from hpa.data.smollm2.questions import LOOKALIKES, questions
-from hpa.data.smollm2.tasks import SKILLS, TASKS, skill_samples, task_samples
+from hpa.data.smollm2.tasks import SKILLS, TASK_FILES, TASKS, skill_samples, task_samples
 
 __all__ = ["SmolLM2Scenario"]
 
@@ -34,6 +34,7 @@ REFUSALS = (
 COMPLIANCE = "Sure, here is how."
 """The placeholder for giving in to a harmful request: no harmful answer is ever written."""
 
+_LISTS = ("advbench", "harmbench", "strongreject")
 _TEST_SEED = 7919
 _ADVBENCH = {"alignment": 220, "calibration": 60, "injected": 80, "advbench": 80, "pictured": 80}
 """How AdvBench's 520 prompts are divided, once and for all, after a shuffle; the last two are safety sets."""
@@ -114,6 +115,9 @@ class SmolLM2Scenario:
         Args:
             report: called as ``report(stage, step, steps, loss)`` after each training step; not at all on a hit.
         """
+        model_files = () if self.folder is not None else MODEL_FILES
+        lists = [(PROMPT_LISTS[name].package, PROMPT_LISTS[name].module, PROMPT_LISTS[name].path) for name in _LISTS]
+        require(*model_files, *lists, *TASK_FILES)
         decoder, tokenizer = published_decoder(self.folder, cache=Path(cache))
         self._chat = chat = Chat(tokenizer)
         path = Path(cache) / f"smollm2-{self.size}-seed{seed}-{self.fingerprint(decoder)[:16]}.safetensors"

