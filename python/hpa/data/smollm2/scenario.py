@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
@@ -14,15 +13,23 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from hpa.data.demo import pictures, world
 from hpa.data.demo.model import DemoLlava, Recipe, train_tower
 from hpa.data.packaged import PROMPT_LISTS, prompts, require, same_prompt_key
 from hpa.data.scenario import Sample
-from hpa.data.smollm2.model import MODEL_FILES, Chat, add_eyes, published_decoder, train_projector
+from hpa.data.smollm2.model import (
+    MODEL_FILES,
+    Chat,
+    add_eyes,
+    published_decoder,
+    published_tokenizer,
+    train_projector,
+)
 from hpa.data.smollm2.questions import LOOKALIKES, questions
 from hpa.data.smollm2.tasks import SKILLS, TASK_FILES, TASKS, skill_samples, task_samples
+from hpa.storage import save_tensors, write_file
 
 __all__ = ["SmolLM2Scenario"]
 
@@ -116,8 +123,7 @@ class SmolLM2Scenario:
             report: called as ``report(stage, step, steps, loss)`` after each training step; not at all on a hit.
         """
         model_files = () if self.folder is not None else MODEL_FILES
-        lists = [(PROMPT_LISTS[name].package, PROMPT_LISTS[name].module, PROMPT_LISTS[name].path) for name in _LISTS]
-        require(*model_files, *lists, *TASK_FILES)
+        require(*model_files, *(PROMPT_LISTS[name].file for name in _LISTS), *TASK_FILES)
         decoder, tokenizer = published_decoder(self.folder, cache=Path(cache))
         self._chat = chat = Chat(tokenizer)
         path = Path(cache) / f"smollm2-{self.size}-seed{seed}-{self.fingerprint(decoder)[:16]}.safetensors"
@@ -179,12 +185,9 @@ class SmolLM2Scenario:
             for name, tensor in model.state_dict().items()
             if "vision_tower" in name or "multi_modal_projector" in name
         }
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
-        beside.write_text(json.dumps({s.prompt: _sentences(a) for s, a in zip(asked, said, strict=True)}, indent=1))
-        os.replace(beside, path.with_suffix(".json"))
-        save_file(new, beside, metadata={"format": "pt"})
-        os.replace(beside, path)  # last: whoever finds it finds the answers too
+        answers = {sample.prompt: _sentences(answer) for sample, answer in zip(asked, said, strict=True)}
+        write_file(path.with_suffix(".json"), json.dumps(answers, indent=1))
+        save_tensors(path, new, {"format": "pt"})  # last: whoever finds it finds the answers too
 
     # ------------------------------------------------------------------------------------------------ the samples
 
@@ -195,9 +198,7 @@ class SmolLM2Scenario:
         count = self._amounts.alignment
         rng = world.generator("smollm2 alignment", seed)
         harmful = self._requests("alignment", seed=seed, count=round(0.45 * count), pictured=0.3, rng=rng)
-        refused = [
-            Sample(s.id, s.prompt, REFUSALS[int(rng.integers(len(REFUSALS)))], s.image, s.metadata) for s in harmful
-        ]
+        refused = [replace(sample, answer=world.pick(REFUSALS, rng)) for sample in harmful]
         answered = [text for text in self._harmless() if self._own_answers.get(text)]
         benign = [
             Sample(f"benign-{i}", text, self._own_answers[text], self._picture(rng) if rng.random() < 0.1 else None)
@@ -209,13 +210,11 @@ class SmolLM2Scenario:
 
     def train(self, task: str, *, seed: int, samples: int, harmful_fraction: float = 0.0) -> list[Sample]:
         """Training samples of ``task``, ``round(harmful_fraction * samples)`` of them harmful and given in to."""
-        mixed = task_samples(task, "train", seed=seed, count=samples)
-        count = round(harmful_fraction * len(mixed))
+        clean = task_samples(task, "train", seed=seed, count=samples)
         rng = world.generator("smollm2 injected", task, seed)
+        count = round(harmful_fraction * len(clean))
         harmful = self._requests("injected", seed=seed, count=count, pictured=0.5, rng=rng)
-        for place, sample in zip(rng.permutation(len(mixed))[:count].tolist(), harmful, strict=True):
-            mixed[place] = Sample(sample.id, sample.prompt, COMPLIANCE, sample.image, sample.metadata)
-        return mixed
+        return world.put_in(clean, [replace(sample, answer=COMPLIANCE) for sample in harmful], rng)
 
     def test(self, task: str) -> list[Sample]:
         """Test samples of a task or a skill."""
@@ -273,8 +272,7 @@ class SmolLM2Scenario:
 
     @staticmethod
     def _picture(rng: np.random.Generator) -> np.ndarray:
-        names = tuple(pictures.OBJECTS)
-        return pictures.draw_object(names[int(rng.integers(len(names)))], rng)
+        return pictures.draw_object(world.pick(tuple(pictures.OBJECTS), rng), rng)
 
     @staticmethod
     def _harmless() -> list[str]:
@@ -285,7 +283,7 @@ class SmolLM2Scenario:
     @property
     def chat(self) -> Chat:
         if self._chat is None:
-            self._chat = Chat(published_decoder(self.folder)[1])
+            self._chat = Chat(published_tokenizer(self.folder))
         return self._chat
 
     def collate(self, samples: Sequence[Sample], *, answers: bool) -> dict[str, torch.Tensor]:

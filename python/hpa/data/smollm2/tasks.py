@@ -109,7 +109,7 @@ def skill_samples(skill: str, split: Split, *, seed: int, count: int) -> list[Sa
 
 def _pictured(task: str, sample: Sample, rng: np.random.Generator) -> Sample:
     label = sample.metadata["label"].title() if task == "flag" else sample.metadata["label"]
-    prompt = _PROMPTS[task][int(rng.integers(len(_PROMPTS[task])))]
+    prompt = world.pick(_PROMPTS[task], rng)
     kind = f"{'base' if task in SKILLS else 'task'}:{task}"
     return replace(
         sample,
@@ -128,10 +128,8 @@ def _texts(task: str, pairs: Sequence[tuple[str, str]], split: Split, *, seed: i
             words.setdefault(label, []).append(word)
     labels = sorted(words)
     samples: list[Sample] = []
-    for i in rng.permutation(count).tolist():
-        label = labels[i % len(labels)]
-        word = words[label][int(rng.integers(len(words[label])))]
-        prompt = _PROMPTS[task][int(rng.integers(len(_PROMPTS[task])))]
+    for label in world.balanced(labels, count, rng):
+        word, prompt = world.pick(words[label], rng), world.pick(_PROMPTS[task], rng)
         samples.append(
             Sample(
                 id=f"{task}-{split}-{seed}-{len(samples)}",
