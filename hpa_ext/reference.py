@@ -151,7 +151,7 @@ def _product(factors: Iterable[float]) -> tuple[float, int]:
         product >>= excess
         exponent += power - 53 + excess
     excess = product.bit_length() - 64
-    leading = product >> excess if excess > 0 else product << -excess
+    leading = (product + (1 << excess >> 1)) >> excess if excess > 0 else product << -excess  # rounded
     return leading / 2**63, exponent + excess + 63
 
 

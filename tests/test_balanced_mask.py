@@ -27,13 +27,14 @@ def same(left: hpa_ext.BalancedMask, right: hpa_ext.BalancedMask) -> bool:
     return torch.equal(left.mask, right.mask) and left[1:] == right[1:]
 
 
-OPTIONS = {
-    "mode": st.sampled_from(("full", "eps", "phi")),
-    "alpha_mode": st.sampled_from(("affine", "relu", "abs", "const")),
-    "alpha_sign": st.sampled_from((1, -1)),
-    "overflow": st.sampled_from(("cap", "keep")),
-    "phi_norm": st.sampled_from(("none", "mean")),
+CHOICES = {
+    "mode": ("full", "eps", "phi"),
+    "alpha_mode": ("affine", "relu", "abs", "const"),
+    "alpha_sign": (1, -1),
+    "overflow": ("cap", "keep"),
+    "phi_norm": ("none", "mean"),
 }
+OPTIONS = {name: st.sampled_from(choices) for name, choices in CHOICES.items()}
 
 
 @st.composite
@@ -234,6 +235,37 @@ def test_strided_scores_are_read_as_they_are() -> None:
     one = hpa_ext.balanced_mask(safety, wide.T.contiguous()[:, 1], 5, 10)
     assert same(one, hpa_ext.balanced_mask(wide[0], wide[1], 5, 10))
     assert hpa_ext.balanced_mask(safety, task, 5, 10).kept == 5
+
+
+KINDS = {
+    "uniform": lambda generator, cols: generator.random(cols),
+    "few values": lambda generator, cols: generator.integers(0, 4, cols).astype(float),
+    "two values": lambda generator, cols: generator.integers(0, 2, cols) * 0.7,
+    "one value": lambda generator, cols: np.full(cols, 0.3),
+    "mostly zero": lambda generator, cols: np.where(generator.random(cols) < 0.9, -0.0, generator.random(cols)),
+    "beside one": lambda generator, cols: 1.0 + generator.integers(-2, 3, cols) * 2.0**-53,
+    "all magnitudes": lambda generator, cols: 10.0 ** generator.uniform(-320, 280, cols),
+    "subnormal": lambda generator, cols: generator.random(cols) * 1e-309,
+    "sorted": lambda generator, cols: np.sort(generator.random(cols)),
+    # Every number of a sample at equal distances is the largest there is.
+    "combed": lambda generator, cols: np.where(np.arange(cols) % (cols // 32) == 0, 1e9, generator.random(cols)),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_instruction_set_selects_as_the_reference_does(kind: str, isa: str) -> None:
+    """Sizes at which the selection samples, in vectors with something left over, for the first and the last rank too."""
+    generator = np.random.default_rng([len(kind), *isa.encode()])
+    for cols in (33, 64, 999, 1024, 1027, 2500):
+        safety, other = (torch.from_numpy(KINDS[kind](generator, cols)) for _ in range(2))
+        task = other if generator.random() < 0.5 else torch.from_numpy(generator.random(cols))
+        for focus in (1, cols, int(generator.integers(2, cols))):
+            for keep in {1, focus, int(generator.integers(0, focus + 1))}:
+                options = {name: generator.choice(choices) for name, choices in CHOICES.items()}
+                options = {name: value.item() for name, value in options.items()}
+                result = hpa_ext.balanced_mask(safety, task, keep, focus, **options)
+                expected = hpa_ext.balanced_mask(safety, task, keep, focus, **options, backend="reference")
+                assert same(result, expected), (cols, keep, focus, options)
 
 
 def test_many_columns_keep_the_exact_number() -> None:

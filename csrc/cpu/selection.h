@@ -12,9 +12,10 @@ namespace hpa {
 struct SelectionScratch {
   explicit SelectionScratch(std::int64_t cols);
 
-  Buffer<double> phi;
-  Buffer<std::uint64_t> keys, rest;
-  Buffer<std::uint8_t> safety_focus, task_focus, both, chosen, also_chosen;
+  Buffer<double> numbers;
+  double *phi, *kept, *first, *second;
+  Buffer<std::uint8_t> marks;
+  std::uint8_t *safety_focus, *task_focus, *both, *chosen, *also_chosen;
 };
 
 // mask[j * stride] for all columns.  Scores are finite and not negative, and 0 <= keep <= focus <= cols.  Throws nothing.

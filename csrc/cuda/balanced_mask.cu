@@ -6,7 +6,7 @@
 //
 // Arithmetic   float64; sums are carried in two doubles (about 106 bits), so that their rounding does not depend on the
 //              order; phi is a product and a difference, each rounded.  The sum of logs is the log of a product, as in
-//              csrc/cpu/balanced_mask.cpp: significands of 128 bits, of which the leading 64 are used.  Every ranking is
+//              csrc/cpu/balanced_mask.cpp: significands of 128 bits, rounded to 64 at the end.  Every ranking is
 //              by (-score, index), a total order.  alpha and m can differ from other backends in the last digits: log and
 //              tanh are CUDA's own.
 // Bytes moved  a selection reads its scores once for each digit that it follows (mostly 1 to 4 where scores differ, all
@@ -92,7 +92,11 @@ struct Product {
     other.exponent += static_cast<std::int64_t>(bits >> 52) - 1023;
     multiply(other);
   }
-  __device__ double significand() const { return static_cast<double>(high) * 0x1p-63; }  // [1, 2]
+  // Rounded to 64 bits, then to double: [1, 2].
+  __device__ double significand() const {
+    const std::uint64_t rounded = high + (low >> 63);
+    return rounded == 0 ? 2.0 : static_cast<double>(rounded) * 0x1p-63;
+  }
 };
 
 // Integers in the order of the scores; both zeros are one.

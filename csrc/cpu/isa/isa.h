@@ -45,6 +45,14 @@ struct Product {
   void (*close)();
 };
 
+// Most factors of one call of multiply_pairs.
+inline constexpr std::int64_t kFactors = 1024;
+// A product: 2^exponent and, of each lane, high + low, with high in [1, 2^1023) and |low| <= 2^-43 high.
+struct SplitProduct {
+  std::int64_t lanes, exponent;
+  double high[8], low[8];
+};
+
 // Inner loops that compute in T (float or double).  Pointers of type T are contiguous; `void*` sources and targets have
 // the dtype that the function's place in its array names, with a stride in elements.
 template <class T>
@@ -130,6 +138,19 @@ struct Table {
   using Merge = void (*)(void* after, std::int64_t after_stride, const void* before, std::int64_t before_stride,
                          std::int64_t rows, std::int64_t cols, const void* mask, double projection);
   Merge merge[kFloatTypes];
+
+  // ---- Scores of columns, finite. ----
+  bool (*are_scores)(const double* scores, std::int64_t count);  // finite and not negative; here anything may come
+  // The count-th largest of the values, 1 <= count <= size; two arrays of scratch for `size` each.
+  double (*nth_largest)(const double* values, std::int64_t size, std::int64_t count, double* scratch, double* spare);
+  // The scores at places that are marked by 1, in their order, to `kept` (room for `count`); their number.
+  std::int64_t (*keep_marked)(const double* scores, const std::uint8_t* marked, std::int64_t count, double* kept);
+  // chosen[i] = 1 where scores[i] >= least and, if `marked` is not null, marked[i] is 1; else 0.  Returns their number.
+  std::int64_t (*mark_from)(const double* scores, const std::uint8_t* marked, double least, std::int64_t count,
+                            std::uint8_t* chosen);
+  std::int64_t (*count_marks)(const std::uint8_t* marks, std::int64_t count);  // of bytes that are 0 or 1
+  // The products of a[i] and of b[i] over the pairs that are both positive, count <= kFactors; the number of pairs.
+  std::int64_t (*multiply_pairs)(const double* a, const double* b, std::int64_t count, SplitProduct products[2]);
 
   // Products of bfloat16 values two at a time; null where the instruction set has none.
   const Product<std::uint32_t, float>* pairs;

@@ -30,6 +30,7 @@ namespace {
 #include "panels.inl"
 #include "factor.inl"
 #include "row_products.inl"
+#include "selection.inl"
 
 template <class T>
 constexpr Kernels<T> make_kernels() {
@@ -77,6 +78,12 @@ const Table HPA_ISA_TABLE = {
      HPA_ISA_NAMESPACE::change<HPA_ISA_NAMESPACE::F16, float>},
     {HPA_ISA_NAMESPACE::merge<HPA_ISA_NAMESPACE::F32, float>, HPA_ISA_NAMESPACE::merge<HPA_ISA_NAMESPACE::F64, double>,
      HPA_ISA_NAMESPACE::merge<HPA_ISA_NAMESPACE::Bf16, float>, HPA_ISA_NAMESPACE::merge<HPA_ISA_NAMESPACE::F16, float>},
+    HPA_ISA_NAMESPACE::are_scores,
+    HPA_ISA_NAMESPACE::nth_largest,
+    HPA_ISA_NAMESPACE::keep_marked,
+    HPA_ISA_NAMESPACE::mark_from,
+    HPA_ISA_NAMESPACE::count_marks,
+    HPA_ISA_NAMESPACE::multiply_pairs,
     nullptr,
 };
 
