@@ -119,8 +119,8 @@ class RowsView {
   std::int64_t row_stride_ = 0;
   std::int64_t length_ = 1;
   int dims_ = 0;
-  std::int64_t shape_[kMaxDims] = {};
-  std::int64_t stride_[kMaxDims] = {};
+  std::int64_t shape_[kMaxDims];
+  std::int64_t stride_[kMaxDims];
 };
 
 }  // namespace hpa

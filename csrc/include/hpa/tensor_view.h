@@ -26,8 +26,8 @@ struct TensorView {
   void* data = nullptr;
   DType dtype = DType::f32;
   int dims = 0;
-  std::int64_t shape[kMaxDims] = {};
-  std::int64_t stride[kMaxDims] = {};  // in elements
+  std::int64_t shape[kMaxDims];   // of these the first `dims`: to set all would cost as much as to read a tensor
+  std::int64_t stride[kMaxDims];  // in elements
 
   std::int64_t numel() const {
     std::int64_t count = 1;
