@@ -254,7 +254,7 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_instruction_set_selects_as_the_reference_does(kind: str, isa: str) -> None:
-    """Sizes at which the selection samples, in vectors with something left over, for the first and the last rank too."""
+    """Sizes at which the selection samples, with a part of a vector left over, also for the first and last rank."""
     generator = np.random.default_rng([len(kind), *isa.encode()])
     for cols in (33, 64, 999, 1024, 1027, 2500):
         safety, other = (torch.from_numpy(KINDS[kind](generator, cols)) for _ in range(2))

@@ -65,7 +65,7 @@ class Sum {
 // chosen = the `count` best of the columns `among` (null: of all) by (-score, index).  A score is selected, not columns:
 // the one that the last of them has; of those that share it the last ones go.  Returns how many are chosen.
 std::int64_t choose_best(std::uint8_t* chosen, const std::uint8_t* among, const double* scores, std::int64_t cols,
-                 std::int64_t count, const SelectionScratch& scratch) {
+                         std::int64_t count, const SelectionScratch& scratch) {
   if (count <= 0) {
     std::fill(chosen, chosen + cols, std::uint8_t{0});
     return 0;
@@ -130,7 +130,8 @@ double mean_log_ratio(const double* safety, const double* task, std::int64_t col
   std::int64_t count = 0;
   for (std::int64_t start = 0; start < cols; start += isa::kFactors) {
     isa::SplitProduct products[2];
-    count += isa::active().multiply_pairs(safety + start, task + start, std::min(cols - start, isa::kFactors), products);
+    count +=
+        isa::active().multiply_pairs(safety + start, task + start, std::min(cols - start, isa::kFactors), products);
     safeties.multiply(products[0]);
     tasks.multiply(products[1]);
   }
