@@ -22,11 +22,13 @@ if TYPE_CHECKING:
     from hpa.config import AdaptConfig
     from hpa.layers import InputStatistics, LayerChange, LayerEdit, LowRankUpdate
     from hpa.methods import METHODS, Method, create_method
+    from hpa.projection import Basis, project_optimizer
     from hpa.safety_set import build_safety_set
 
 _HOME = {
     "AdaptConfig": "hpa.config",
     "AdaptResult": "hpa.adapt",
+    "Basis": "hpa.projection",
     "InputStatistics": "hpa.layers",
     "LayerChange": "hpa.layers",
     "LayerEdit": "hpa.layers",
@@ -41,12 +43,14 @@ _HOME = {
     "create_method": "hpa.methods",
     "edit_model": "hpa.adapt",
     "find_layers": "hpa.calibration",
+    "project_optimizer": "hpa.projection",
 }
 
 __all__ = [
     "METHODS",
     "AdaptConfig",
     "AdaptResult",
+    "Basis",
     "InputStatistics",
     "LayerChange",
     "LayerEdit",
@@ -60,6 +64,7 @@ __all__ = [
     "create_method",
     "edit_model",
     "find_layers",
+    "project_optimizer",
 ]
 
 
