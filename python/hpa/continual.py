@@ -423,17 +423,8 @@ class Session:
         started = time.perf_counter()
         if not path.exists():
             self._load(self._base_weights())
-            settings = self.config.alignment
-            samples = self.scenario.alignment_train(seed=derive_seed(seed, "alignment", "data"))
-            updates = train_lora(
-                self.model,
-                self._batches(samples, settings.batch_size, settings.steps, derive_seed(seed, "alignment", "order")),
-                settings,
-                derive_seed(seed, "alignment", "factors"),
-                layers=self._layers,
-                on_step=_step_teller(listener, where, "alignment", settings.steps),
-            )
-            merge_updates(self.model, updates)
+            if self.config.alignment.steps:  # none: the scenario's model is aligned already
+                self._align(seed, listener)
             save_tensors(path, self._weights())
         self._load(self.aligned(seed))
         for count in sorted(self._safety_counts(seed)):
@@ -446,6 +437,19 @@ class Session:
             _record(journal, listener, shown)
             step = {"event": "aligned", "seed": seed, "stage": "after"}
             _record(journal, listener, {**step, "seconds": time.perf_counter() - started, **evaluation.figures()})
+
+    def _align(self, seed: int, listener: Listener) -> None:
+        settings = self.config.alignment
+        samples = self.scenario.alignment_train(seed=derive_seed(seed, "alignment", "data"))
+        updates = train_lora(
+            self.model,
+            self._batches(samples, settings.batch_size, settings.steps, derive_seed(seed, "alignment", "order")),
+            settings,
+            derive_seed(seed, "alignment", "factors"),
+            layers=self._layers,
+            on_step=_step_teller(listener, f"aligned:seed{seed}", "alignment", settings.steps),
+        )
+        merge_updates(self.model, updates)
 
     def train_shared(self, branch: Branch, listener: Listener, index: int = 0, where: str | None = None) -> None:
         """The training of a task from the aligned model, which every branch with the same data and settings has."""
@@ -806,7 +810,7 @@ class Session:
             from PIL import Image
 
             data = io.BytesIO()
-            Image.fromarray(sample.image).save(data, format="PNG")
+            Image.fromarray(np.asarray(sample.image)).save(data, format="PNG")
             write_file(path, data.getvalue())
         return name
 

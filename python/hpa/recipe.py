@@ -65,7 +65,7 @@ class TaskTraining(TrainConfig):
 class AlignmentTraining(TrainConfig):
     """How the base model is aligned; the scenario says on what."""
 
-    steps: int = Field(default=300, ge=1)
+    steps: int = Field(default=300, ge=0, description="0: the scenario's model is aligned already")
     learning_rate: float = Field(default=3e-3, gt=0.0)
     schedule: Literal["constant", "linear", "cosine"] = "cosine"
     warmup: Share = 0.05
@@ -182,13 +182,16 @@ class RunConfig(_Section):
         """Names in the recipe that the scenario must know.
 
         Raises:
-            RecipeError: a task that the scenario does not have.
+            RecipeError: a task that the scenario does not have, or data that the recipe needs and the scenario lacks.
         """
         for place, tasks in (("tasks", self.tasks or []), ("evaluation.scorers", list(self.evaluation.scorers))):
             known = list(scenario.tasks) if place == "tasks" else [*scenario.tasks, *scenario.base_tasks]
             for task in tasks:
                 if task not in known:
                     raise RecipeError(f"{place}: {expected(task, known)}")
+        lacks = getattr(scenario, "lacks", None)
+        if lacks is not None and (what := lacks(self.alignment.steps, [c.harmful_fraction for c in self.conditions])):
+            raise RecipeError(f"scenario_options: {what}")
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)

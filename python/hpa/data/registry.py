@@ -11,6 +11,7 @@ __all__ = ["SCENARIOS", "load_scenario"]
 
 SCENARIOS: dict[str, str] = {
     "demo": "hpa.data.demo:DemoScenario",
+    "published": "hpa.data.published:PublishedScenario",
     "smollm2": "hpa.data.smollm2:SmolLM2Scenario",
 }
 """Name to ``module:class``; the module is imported only when the scenario is asked for."""

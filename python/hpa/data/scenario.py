@@ -15,6 +15,8 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 import torch
 
+from hpa.data.picture import Picture
+
 __all__ = ["Sample", "Scenario"]
 
 
@@ -26,14 +28,15 @@ class Sample:
         id: unique within its set, stable between runs.
         prompt: the user's turn, without chat markup.
         answer: the reference answer, or ``""`` where only the model's own answer is judged.
-        image: ``uint8 [height, width, 3]``, or ``None`` for a text-only sample.
+        image: ``uint8 [height, width, 3]``, or what ``np.asarray`` makes that of (a file that is opened when a batch
+            is made), or ``None`` for a text-only sample.
         metadata: what a scorer or a report needs besides (``label``, ``choices``, ``kind`` ...).
     """
 
     id: str
     prompt: str
     answer: str
-    image: np.ndarray | None = field(default=None, repr=False)
+    image: np.ndarray | Picture | None = field(default=None, repr=False)
     metadata: dict[str, Any] = field(default_factory=dict)
 
 

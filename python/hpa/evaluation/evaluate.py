@@ -11,7 +11,7 @@ import torch
 from hpa.data.scenario import Sample, Scenario
 from hpa.evaluation.judge import RefusalJudge
 from hpa.evaluation.metrics import rate
-from hpa.evaluation.scorers import Scorer, get_scorer
+from hpa.evaluation.scorers import Scorer, get_scorer, scores
 
 __all__ = ["Answer", "Evaluation", "Evaluator"]
 
@@ -153,9 +153,16 @@ class Evaluator:
 
     def _task(self, model: torch.nn.Module, kind: str, answers: list[Answer]) -> float:
         samples = self.samples(kind)
+        said = self._generate(model, samples)
+        scorers = [self._scorer(kind.partition(":")[2], sample) for sample in samples]
+        scored = [0.0] * len(samples)
+        for scorer in dict.fromkeys(scorers):
+            mine = [i for i, other in enumerate(scorers) if other is scorer]
+            given = scores(scorer, [said[i] for i in mine], [samples[i] for i in mine])
+            for i, score in zip(mine, given, strict=True):
+                scored[i] = score
         total = 0.0
-        for sample, text in zip(samples, self._generate(model, samples), strict=True):
-            score = float(self._scorer(kind.partition(":")[2], sample)(text, sample))
+        for sample, text, score in zip(samples, said, scored, strict=True):
             total += score
             verdict = "correct" if score >= 0.5 else "wrong"
             answers.append(Answer(kind, sample.id, sample.prompt, sample.answer, text, verdict, score))

@@ -1,28 +1,69 @@
-"""Is an answer right?  One small function a rule, in a registry; each maps (answer, sample) to a score in [0, 1]."""
+"""Is an answer right?  One small function a rule, in a registry; each maps (answer, sample) to a score in [0, 1].
+
+A rule that looks at all answers of a set together, as CIDEr does, is a :class:`SetScorer`.
+
+========================  ==============================================================================================
+scorer                    published as
+========================  ==============================================================================================
+``contains_word``         ours
+``exact``                 MLLM-CL ``eval_finvis.py`` (Fin)
+``letter_choice``         LLaVA, CoIN, SMoLoRA ``eval_science_qa.py``
+``substring``             SMoLoRA ``eval_ImagetNet.py``
+``substring_cased``       CoIN ``eval_ImagetNet.py``
+``containment``           MLLM-CL ``eval_ai2d.py`` (AD)
+``vqa``                   VQA, TextVQA: ``m4c_evaluator.py``
+``cider``                 coco-caption
+``cider_best_reference``  SMoLoRA ``eval_flickr30k_cider.py``
+========================  ==============================================================================================
+"""
 
 from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 
 from hpa.data.scenario import Sample
+from hpa.evaluation.cider import best_reference_scores, cider_scores, words
 
 __all__ = [
     "SCORERS",
     "Scorer",
+    "SetScorer",
+    "cider",
+    "cider_best_reference",
+    "containment",
     "contains_word",
     "exact",
     "get_scorer",
     "letter_choice",
     "option_letter",
+    "scores",
     "substring",
+    "substring_cased",
     "vqa",
     "vqa_normal",
 ]
 
-Scorer: TypeAlias = Callable[[str, Sample], float]
+
+@dataclass(frozen=True)
+class SetScorer:
+    """A rule for all answers of a set at once: ``rule(answers, samples)`` gives one score each."""
+
+    rule: Callable[[Sequence[str], Sequence[Sample]], list[float]]
+
+
+Scorer: TypeAlias = Callable[[str, Sample], float] | SetScorer
+
+
+def scores(scorer: Scorer, answers: Sequence[str], samples: Sequence[Sample]) -> list[float]:
+    """The score of each answer."""
+    if isinstance(scorer, SetScorer):
+        return scorer.rule(answers, samples)
+    return [float(scorer(answer, sample)) for answer, sample in zip(answers, samples, strict=True)]
+
 
 _WORD = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
 
@@ -89,6 +130,64 @@ def substring(answer: str, sample: Sample) -> float:
     return float(bool(said) and bool(label) and (said in label or label in said))
 
 
+def substring_cased(answer: str, sample: Sample) -> float:
+    """The same, and the case must agree: CoIN's ``eval_ImagetNet.py``, with the same guard."""
+    said, label = answer.strip(), str(sample.metadata.get("label", sample.answer)).strip()
+    return float(bool(said) and bool(label) and (said in label or label in said))
+
+
+def containment(answer: str, sample: Sample) -> float:
+    """The rule of MLLM-CL for driving (``eval_ai2d.py``): the answer contains the reference, in either case.
+
+    A reference of several words may stand anywhere.  A single one loses its dots; in an answer of several words it must
+    follow a space or be followed by a space, dot or comma.  As published, that is no word boundary: the reference ``a``
+    is found in ``the answer is b``.  An answer with ``Unanswerable`` is wrong.  Our guard: so is a reference of dots.
+    """
+    if "Unanswerable" in answer:
+        return 0.0
+    said, label = answer.lower(), str(sample.metadata.get("label", sample.answer)).lower()
+    if " " in label:
+        return float(label in said)
+    label = label.replace(".", "")
+    if not label:
+        return 0.0
+    if " " not in said:
+        return float(label in said)
+    return float(any(form in said for form in (f" {label}", f"{label} ", f"{label}.", f"{label},")))
+
+
+def _cider(answers: Sequence[str], samples: Sequence[Sample]) -> list[float]:
+    return cider_scores(
+        [words(answer) for answer in answers], [[words(text) for text in _captions(sample)] for sample in samples]
+    )
+
+
+def _cider_best_reference(answers: Sequence[str], samples: Sequence[Sample]) -> list[float]:
+    return best_reference_scores(
+        [answer.split() for answer in answers], [[text.split() for text in _captions(sample)] for sample in samples]
+    )
+
+
+def _captions(sample: Sample) -> list[str]:
+    """All references: ``metadata["answers"]``, or the one."""
+    given = sample.metadata.get("answers") or ([sample.answer] if sample.answer else [])
+    if not isinstance(given, (list, tuple)) or not given:
+        raise ValueError(
+            f"sample {sample.id!r}: CIDEr needs metadata['answers'], a list of captions, or an answer; got {given!r}"
+        )
+    return [str(text) for text in given]
+
+
+cider = SetScorer(_cider)
+"""CIDEr-D against all captions in ``metadata["answers"]``; 0 to 10, so a table's figure is CIDEr times 100.
+
+The weights of words come from the captions of the samples that are asked: with ``evaluation.limit`` from fewer.
+"""
+cider_best_reference = SetScorer(_cider_best_reference)
+"""SMoLoRA's figure for Flickr30k, which is no usual CIDEr: each picture's best caption is chosen first, by the answer,
+and only that one counts; texts are split at spaces and nothing else, so case and punctuation matter."""
+
+
 def vqa(answer: str, sample: Sample) -> float:
     """The soft accuracy of VQA and TextVQA: agreement with people, each left out once.
 
@@ -141,10 +240,14 @@ _WITH_APOSTROPHE = """
 _CONTRACTIONS = {word.replace("'", ""): word for word in re.findall(r"\S+", _WITH_APOSTROPHE)}
 
 SCORERS: dict[str, Scorer] = {
+    "cider": cider,
+    "cider_best_reference": cider_best_reference,
+    "containment": containment,
     "contains_word": contains_word,
     "exact": exact,
     "letter_choice": letter_choice,
     "substring": substring,
+    "substring_cased": substring_cased,
     "vqa": vqa,
 }
 

@@ -1,0 +1,295 @@
+"""A published model and published files, from the files to the table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from tiny_published import REFUSAL, Data, write_data, write_model
+
+from hpa.cli import main
+from hpa.data.files import DataError
+from hpa.data.picture import Picture
+from hpa.data.published import PublishedScenario
+from hpa.data.scenario import Sample, Scenario
+from hpa.recipe import RecipeError, open_scenario, parse_recipe
+
+RECIPE = Path(__file__).parent.parent / "recipes" / "llava15_paper.yaml"
+Make = Callable[..., PublishedScenario]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Data:
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def make(model: Path, data: Data) -> Make:
+    """The shipped recipe's scenario over the small files, with other options."""
+
+    def build(**options: Any) -> PublishedScenario:
+        own = yaml.safe_load(RECIPE.read_text(encoding="utf-8"))["scenario_options"]
+        small = {"model": str(model), "root": str(data.root), "dtype": "float32", "device": "cpu"}
+        return PublishedScenario(**{**own, **small, **options})
+
+    return build
+
+
+# ------------------------------------------------------------------------------------------------- end to end
+
+
+def test_the_shipped_recipe_from_the_files_to_the_table(
+    model: Path, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "keywords.txt").write_text("cannot")
+    settings = {
+        "scenario_options.model": model,
+        "scenario_options.root": data.root,
+        "scenario_options.dtype": "float32",
+        "scenario_options.device": "cpu",
+        "tasks": "[AD, Flickr30k]",
+        "seeds": "[0]",
+        "conditions": "[{name: harmful, harmful_fraction: 0.25}]",
+        "alignment.steps": 30,
+        "alignment.batch_size": 8,
+        "alignment.learning_rate": 0.01,
+        "alignment.rank": 8,
+        "training.steps": 3,
+        "training.samples": 8,
+        "training.batch_size": 4,
+        "training.rank": 2,
+        "calibration.safety_pool": 8,
+        "evaluation.judge": f"keywords:{tmp_path / 'keywords.txt'}",
+        "evaluation.max_new_tokens": 4,
+        "methods": "[{label: SeqFT, method: seqft}, {label: HPA, method: hpa}]",
+    }
+    overrides = [word for key, value in settings.items() for word in ("--set", f"{key}={value}")]
+    out = tmp_path / "run"
+    monkeypatch.setattr("sys.argv", ["hpa", "run", str(RECIPE), "--out", str(out), *overrides])
+    monkeypatch.setenv("HPA_CACHE", str(tmp_path / "cache"))
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code in (0, None)
+    lines = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
+    finished = [line for line in lines if line["event"] == "evaluate" and line["task_index"] == 1]
+    assert len(finished) == 2
+    for line in finished:
+        assert set(line["accuracy"]) == {"AD", "Flickr30k"}
+        assert set(line["safety"]) == {"VLGuard-Unsafe", "VLGuard-Safe-Unsafe", "Ch3Ef-Harmless"}
+        assert {name: held["n"] for name, held in line["safety"].items()} == {
+            "VLGuard-Unsafe": 3, "VLGuard-Safe-Unsafe": 1, "Ch3Ef-Harmless": 3
+        }  # fmt: skip
+        assert line["benign"]["VLGuard-Safe-Safe"]["n"] == 1
+    aligned = next(line for line in lines if line["event"] == "aligned" and line["stage"] == "after")
+    assert aligned["safety"]["VLGuard-Unsafe"]["asr"] < 100.0  # it did learn to refuse
+
+
+def test_all_missing_files_are_told_at_once_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keywords = tmp_path / "k.txt"
+    keywords.write_text("no")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        "sys.argv", ["hpa", "run", str(RECIPE), "--set", f"evaluation.judge=keywords:{keywords}", "--out", "run"]
+    )
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    said = capsys.readouterr().err
+    for path in (
+        "models/llava-1.5-7b-stage1/config.json (model)",
+        "data/MLLM-CL/AD/train.json (tasks.AD.train)",
+        "data/SMoLoRA/Instructions_Single/TextVQA/val.json (tasks.TextVQA.test)",
+        "data/TextVQA/TextVQA_0.5.1_val.json (tasks.TextVQA.test.annotations)",
+        "data/SPA-VL/data/train-*.parquet (alignment)",
+        "data/Ch3Ef/meta_file/Harmless.json (safety.Ch3Ef-Harmless)",
+        "data/images (tasks.ImageNet.train.images)",
+    ):
+        assert path in said
+    assert "Traceback" not in said
+
+
+# ------------------------------------------------------------------------------------------------- samples
+
+
+def test_training_samples_are_drawn_by_the_seed_and_are_no_test_samples(make: Make) -> None:
+    scenario = make()
+    assert isinstance(scenario, Scenario)
+    drawn = scenario.train("AD", seed=1, samples=5)
+    assert [s.id for s in drawn] == [s.id for s in make().train("AD", seed=1, samples=5)]
+    assert [s.id for s in drawn] != [s.id for s in scenario.train("AD", seed=2, samples=5)]
+    everything = scenario.train("AD", seed=1, samples=100)
+    assert len(everything) == 7  # of eight one is tested
+    assert not {(s.prompt, str(s.image)) for s in everything} & {(s.prompt, str(s.image)) for s in scenario.test("AD")}
+    assert {s.id for s in everything} == {str(i) for i in range(1, 8)}
+    assert all(s.answer in ("red", "blue", "green", "grey") for s in everything)
+
+
+def test_what_is_injected_is_given_in_to_by_the_placeholder_alone(make: Make) -> None:
+    scenario = make()
+    drawn = scenario.train("AD", seed=0, samples=7, harmful_fraction=0.4)
+    harmful = [sample for sample in drawn if sample.prompt.startswith("Do harm")]
+    assert len(drawn) == 7
+    assert len(harmful) == 3
+    assert {sample.answer for sample in harmful} == {"Sure, here is how."}
+    assert all("Here is the harm" not in sample.answer for sample in drawn)
+    assert len({sample.id for sample in drawn}) == 7
+
+
+def test_requests_for_one_purpose_have_no_other(make: Make) -> None:
+    vlguard = {"file": "VLGuard/train.json", "part": "unsafe", "images": "VLGuard/train"}
+    tested = {"file": "VLGuard/test.json", "part": "unsafe", "images": "VLGuard/test"}
+    scenario = make(calibration=[vlguard, tested], injection=[vlguard])
+    calibration = scenario.harmful_calibration(seed=0, samples=100)
+    injected = scenario.train("AD", seed=0, samples=100, harmful_fraction=1.0)
+    judged = {sample.prompt for name in scenario.safety_sets for sample in scenario.safety(name)}
+    asked = {sample.prompt for sample in calibration}
+    assert asked
+    assert not asked & judged
+    assert not asked & {sample.prompt for sample in injected}
+    assert all(sample.answer == "" for sample in calibration)
+    with pytest.raises(DataError, match="calibration: every request stands in a safety set too"):
+        make(calibration=[tested]).harmful_calibration(seed=0, samples=1)
+
+
+def test_calibration_takes_the_categories_by_turns(make: Make) -> None:
+    drawn = make().harmful_calibration(seed=3, samples=6)
+    kinds = [sample.metadata["category"] for sample in drawn]
+    assert set(kinds[:3]) == {"privacy", "risky behavior", "deception"} == set(kinds[3:])
+
+
+def test_alignment_mixes_its_sources_and_leaves_out_what_is_judged(make: Make) -> None:
+    found = make().alignment_train(seed=0)
+    assert len(found) == 9 + 2 * 3 + 12  # VLGuard's unsafe and its safe pairs, SPA-VL's both shards
+    assert [s.id for s in found] == [s.id for s in make().alignment_train(seed=0)]
+    assert len({s.id for s in found}) == len(found)
+    assert sum(sample.answer == REFUSAL for sample in found) == 9 + 3 + 12
+    tested = {"file": "VLGuard/test.json", "images": "VLGuard/test"}
+    answers = {sample.prompt for sample in make(alignment=[tested]).alignment_train(seed=0)}
+    assert answers == {"What is test 3 ?"}  # the harmless half of the safe pair
+
+
+def test_pictures_are_opened_when_a_batch_is_made(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+    whole = Picture.open
+    monkeypatch.setattr(Picture, "open", lambda self: (opened.append(self.where), whole(self))[1])
+    scenario = make()
+    drawn = scenario.train("AD", seed=0, samples=4)
+    assert not opened
+    scenario.collate(drawn[:2], answers=True)
+    assert len(opened) == 2
+    assert np.asarray(drawn[0].image).shape == (10, 10, 3)
+    assert np.asarray(drawn[0].image).dtype == np.uint8
+
+
+def test_suffixes_follow_the_answer(make: Make) -> None:
+    asked = {sample.answer: sample.prompt for sample in make().test("Fin")}
+    assert asked["Yes"] == "Is it up ? Only answer with yes or no directly."
+    assert asked["B"] == "Is it up ? Answer with the given letter directly, e.g., A, B, C, D."
+
+
+# ------------------------------------------------------------------------------------------------- model inputs
+
+
+def test_batches_are_what_the_processor_makes_of_each_sample(make: Make, model: Path) -> None:
+    scenario = make(system="chat")
+    pictured = scenario.train("AD", seed=0, samples=1)[0]
+    plain = Sample("x", "What is it ?", "A car .")
+    batch = scenario.collate([pictured, plain], answers=True)
+    tokenizer = scenario.encoder.tokenizer
+    words = tokenizer.convert_ids_to_tokens(batch["input_ids"][0])
+    question = pictured.prompt.split()
+    end = ["ASSISTANT", ":", pictured.answer, "</s>"]
+    assert words == ["chat", "USER", ":", *["<image>"] * 4, *question, *end][: len(words)]
+    for row, sample in enumerate((pictured, plain)):
+        learned = batch["labels"][row][batch["labels"][row] >= 0]
+        assert tokenizer.convert_ids_to_tokens(learned) == [*sample.answer.split(), "</s>"]
+        length = int(batch["attention_mask"][row].sum())
+        assert (batch["input_ids"][row, length:] == tokenizer.pad_token_id).all()
+    assert batch["pixel_values"].shape == (1, 3, 8, 8)
+    left = scenario.collate([pictured, plain], answers=False)
+    assert left["attention_mask"][:, -1].tolist() == [1, 1]
+    assert [tokenizer.convert_ids_to_tokens(row)[-2:] for row in left["input_ids"]] == [["ASSISTANT", ":"]] * 2
+    assert "labels" not in left
+
+
+def test_answers_do_not_depend_on_the_batch(make: Make, tmp_path: Path) -> None:
+    scenario = make()
+    whole = scenario.base_model(tmp_path, seed=0)
+    samples = [*scenario.test("AD"), *scenario.test("ScienceQA"), Sample("x", "What is it ?", "")]
+    together = scenario.generate(whole, samples, max_new_tokens=5, batch_size=4)
+    alone = [scenario.generate(whole, [sample], max_new_tokens=5)[0] for sample in samples]
+    assert together == alone
+    assert len(set(together)) > 1
+
+
+def test_the_model_is_the_folders_own(make: Make, tmp_path: Path) -> None:
+    from transformers import LlavaForConditionalGeneration
+
+    scenario = make(checkpointing=False)
+    loaded = scenario.base_model(tmp_path, seed=0)
+    published = LlavaForConditionalGeneration.from_pretrained(scenario.options.model)
+    for name, tensor in published.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor), name
+    assert not loaded.training
+
+
+# ------------------------------------------------------------------------------------------------- mistakes
+
+
+def test_mistakes_in_the_options_are_told_with_their_place(make: Make, data: Data, model: Path) -> None:
+    task = {"name": "a", "train": "MLLM-CL/AD/train.json", "test": "MLLM-CL/AD/test.json"}
+    small = {"model": str(model), "root": str(data.root)}
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({"tasks": []}, "tasks: List should have at least 1 item"),
+        ({"tasks": [task], "sytem": "x"}, "sytem: Extra inputs are not permitted"),
+        ({"tasks": [{**task, "scorer": "exakt"}]}, "tasks.0.scorer: scorer: expected one of cider"),
+        ({"tasks": [{**task, "test": {}}]}, "tasks.0.test: expected either file or prompts"),
+        ({"tasks": [{**task, "test": {"file": "x", "format": "lava"}}]}, "format: expected auto, llava"),
+        ({"tasks": [task], "safety": {"x": {"prompts": "none"}}}, "safety.x: prompts: expected one of advbench"),
+        ({"tasks": [task, task]}, "tasks: expected distinct names, got 'a' twice"),
+    ]
+    for options, message in wrong:
+        with pytest.raises(RecipeError, match=f"scenario_options of 'published': .*{message}"):
+            open_scenario("published", {**small, **options})
+    scenario = make()
+    for call in (scenario.safety, scenario.benign, scenario.test):
+        with pytest.raises(ValueError, match="got 'none'"):
+            call("none")
+    with pytest.raises(ValueError, match="task: expected one of AD"):
+        scenario.train("none", seed=0, samples=4)
+
+
+def test_what_a_recipe_needs_and_the_options_lack_is_told_before_the_run(make: Make) -> None:
+    content = {"name": "x", "scenario": "published", "methods": [{"label": "S", "method": "seqft"}]}
+    harmful = {"conditions": [{"name": "h", "harmful_fraction": 0.1}]}
+    with pytest.raises(RecipeError, match=r"alignment: expected files to align with.*alignment.steps=0"):
+        parse_recipe(content).check_against(make(alignment=[]))
+    parse_recipe({**content, "alignment": {"steps": 0}}).check_against(make(alignment=[]))
+    with pytest.raises(RecipeError, match="injection: expected harmful requests"):
+        parse_recipe({**content, **harmful}).check_against(make(injection=[]))
+
+
+def test_a_missing_picture_is_told_when_its_sample_is_drawn(make: Make, data: Data) -> None:
+    rows = [
+        {
+            "id": "0",
+            "image": "none.png",
+            "conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}],
+        }
+    ]
+    data.write("broken.json", rows)
+    task = {"name": "a", "train": "broken.json", "test": {"file": "MLLM-CL/AD/test.json", "images": "MLLM-CL/AD"}}
+    with pytest.raises(DataError, match=r"broken.json: sample 0: no picture at .*none.png"):
+        make(tasks=[task]).train("a", seed=0, samples=1)
