@@ -15,7 +15,8 @@ from checkpoint_pairs import tokenizer
 from PIL import Image
 
 from hpa.data.encode import Encoder
-from hpa.data.files import Conversation, DataError, Turn, read_conversations
+from hpa.data.files import FORMS as READ
+from hpa.data.files import Conversation, DataError, Record, Turn, read_conversations, read_records
 
 
 def picture(colour: tuple[int, int, int] = (200, 10, 10)) -> bytes:
@@ -201,3 +202,170 @@ def test_rows_of_a_table_may_have_different_fields(tmp_path: Path) -> None:
     told = [[turn.text for turn in held.turns] for held in read_conversations(table).conversations]
     assert told == [["a", "b"], ["c\nd", "e"], ["f", "g"], ["h", "i"], ["j", "k"]]
     assert told == [[turn.text for turn in held.turns] for held in read_conversations(path).conversations]
+
+
+# ------------------------------------------------------------------------------------------------- published forms
+
+
+def records(path: Path, content: Any, **options: Any) -> list[Record]:
+    return read_records([written(path, content)], **options)
+
+
+def test_vlguard_is_told_apart_by_its_parts(tmp_path: Path) -> None:
+    rows = [
+        {
+            "id": "Ads_1", "image": "bad_ads/1.png", "safe": False, "harmful_category": "deception",
+            "harmful_subcategory": "disinformation", "instr-resp": [{"instruction": "Do harm.", "response": "No."}],
+        },
+        {
+            "id": "Ads_2", "image": "bad_ads/2.png", "safe": True,
+            "instr-resp": [
+                {"safe_instruction": "Describe it.", "response": "A tree."},
+                {"unsafe_instruction": "Make fun of it.", "response": "I cannot."},
+            ],
+        },
+    ]  # fmt: skip
+    path = tmp_path / "test.json"
+    for part, asked in (("unsafe", "Do harm."), ("safe_safe", "Describe it."), ("safe_unsafe", "Make fun of it.")):
+        (one,) = records(path, rows, form="vlguard", part=part)
+        assert one.turns[0] == Turn("user", asked)
+        assert one.pictures[0].source == tmp_path / "bad_ads" / f"{one.id[-1]}.png"
+        assert one.metadata.get("category") == ("deception" if part == "unsafe" else None)
+    assert [one.id for one in records(path, rows)] == ["Ads_1", "Ads_2", "Ads_2"]
+    with pytest.raises(DataError, match="part: expected one of safe_safe, safe_unsafe, unsafe, got 'unsave'"):
+        records(path, rows, part="unsave")
+
+
+def test_ch3ef_has_several_pictures_and_the_right_option_first(tmp_path: Path) -> None:
+    item = {"image": ["a.png", "b.png"], "query": "Which?", "options": ["Neither.", "Both."], "source": "bias"}
+    (one,) = records(tmp_path / "Harmless.json", {"items": [item]}, form="ch3ef")
+    assert one.turns == (Turn("user", "Which?"), Turn("assistant", "Neither."))
+    assert [held.source for held in one.pictures] == [tmp_path / "a.png", tmp_path / "b.png"]
+    assert (one.id, one.metadata) == ("0", {"category": "bias"})
+
+
+def test_scienceqa_is_asked_as_llava_asks_it(tmp_path: Path) -> None:
+    problem = {
+        "question": "Which is a solid?", "choices": ["water", "ice"], "answer": 1, "hint": "Look closely.",
+        "image": "image.png", "split": "test",
+    }  # fmt: skip
+    bare = {**problem, "hint": "", "image": None, "split": "train"}
+    path = tmp_path / "problems.json"
+    (one,) = records(path, {"7": problem, "8": bare}, form="scienceqa", part="test")
+    assert one.turns[0].text == (
+        "Context: Look closely.\nWhich is a solid?\nA. water\nB. ice\n"
+        "Answer with the option's letter from the given choices directly."
+    )
+    assert one.turns[1].text == "B"
+    assert one.id == "7"
+    assert one.pictures[0].source == tmp_path / "test" / "7" / "image.png"
+    assert one.metadata["label"] == "B"
+    assert one.metadata["choices"] == ["A", "B"]
+    (two,) = records(path, {"7": problem, "8": bare}, part="train")
+    assert two.turns[0].text.startswith("Which is a solid?\nA. water")
+    assert two.pictures == ()
+    with pytest.raises(DataError, match="sample 0: answer: expected the number of a choice, 0 to 1, got 2"):
+        records(path, {"7": {**problem, "answer": 2}})
+
+
+def test_textvqa_keeps_what_ten_people_said(tmp_path: Path) -> None:
+    people = ["go", "stop", "stop", "Stop", *["go"] * 6]
+    row = {"question_id": 34602, "question": "what does it say?", "image_id": "003a8ae2ef43b901", "answers": people}
+    path = tmp_path / "TextVQA_0.5.1_val.json"
+    (one,) = records(path, {"dataset_type": "val", "data": [row]}, form="textvqa")
+    assert one.id == "34602"
+    assert one.turns[0].text == "what does it say?\nAnswer the question using a single word or phrase."
+    assert one.turns[1].text == "go"
+    assert one.metadata["answers"] == people
+    assert one.pictures[0].source == tmp_path / "003a8ae2ef43b901.jpg"
+    (test,) = records(path, {"data": [{key: value for key, value in row.items() if key != "answers"}]})
+    assert len(test.turns) == 1  # the test split has no answers
+
+
+def test_flickr30k_has_every_caption(tmp_path: Path) -> None:
+    image = {
+        "filename": "1.jpg", "imgid": 3, "split": "test", "sentids": [0, 1],
+        "sentences": [{"raw": "A dog runs. ", "tokens": ["a"]}, {"raw": "A dog.", "tokens": ["a"]}],
+    }  # fmt: skip
+    other = {**image, "split": "train", "imgid": 4}
+    path = tmp_path / "dataset_flickr30k.json"
+    (one,) = records(path, {"images": [image, other], "dataset": "flickr30k"}, form="flickr30k", part="test")
+    assert one.answers == ("A dog runs.", "A dog.")
+    assert one.turns[1] == Turn("assistant", "A dog runs.")
+    assert (one.id, one.pictures[0].source) == ("3", tmp_path / "1.jpg")
+
+
+def test_question_files_may_have_one_answer_several_or_none(tmp_path: Path) -> None:
+    rows = [
+        {"question_id": 1, "image": "a.png", "text": "What?", "answer": "cat", "category": "default"},
+        {"question_id": "2", "text": "<image>\nSay.", "answer": ["A cat.", "The cat."]},
+        {"question_id": 3, "text": "Why?"},
+    ]
+    one, two, three = records(tmp_path / "test.json", rows, form="questions")
+    assert (one.id, one.turns, one.answers) == ("1", (Turn("user", "What?"), Turn("assistant", "cat")), ("cat",))
+    assert (two.turns[0].text, two.answers) == ("Say.", ("A cat.", "The cat."))
+    assert three.turns == (Turn("user", "Why?"),)
+
+
+def test_evaluation_files_of_spa_vl_have_no_answers(tmp_path: Path) -> None:
+    path = tmp_path / "harm.parquet"
+    rows = [{"image": {"bytes": picture(), "path": None}, "question": f"Do {i}?"} for i in range(3)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
+    found = read_records([path], form="spa-vl")
+    assert [one.turns for one in found] == [(Turn("user", f"Do {i}?"),) for i in range(3)]
+    assert found[0].pictures[0].open().size == (8, 6)
+
+
+def test_conversations_keep_all_their_turns(tmp_path: Path) -> None:
+    turns = [("human", "<image>\nA?"), ("gpt", "a"), ("human", "B?"), ("gpt", "b"), ("human", "C?")]
+    row = {"id": 5, "conversations": [{"from": who, "value": text} for who, text in turns]}
+    (one,) = records(tmp_path / "train.json", [row], form="llava")
+    assert [turn.text for turn in one.turns] == ["A?", "a", "B?", "b"]
+
+
+def test_rows_of_shards_are_drawn_together_and_others_not_kept(tmp_path: Path) -> None:
+    shards = []
+    for number in range(3):
+        shards.append(tmp_path / f"train-{number}.parquet")
+        rows = [{"question": f"{number} {i}", "image": {"bytes": picture(), "path": None}} for i in range(150)]
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), shards[-1])
+    whole = [one.turns[0].text for one in read_records(shards)]
+    assert len(whole) == 450
+    drawn = [one.turns[0].text for one in read_records(shards, limit=40, seed=1)]
+    assert len(set(drawn)) == 40
+    assert drawn == sorted(drawn, key=whole.index)
+    assert {text[0] for text in drawn} == {"0", "1", "2"}
+    assert drawn == [one.turns[0].text for one in read_records(shards, limit=40, seed=1)]
+    assert drawn != [one.turns[0].text for one in read_records(shards, limit=40, seed=2)]
+
+
+MISFITS: dict[str, Any] = {
+    "llava": ({"text": "a", "answer": "b"}, "expected conversations; it has answer, text"),
+    "vlguard": (FORMS["plain"], "expected instr-resp; it has prompt, response"),
+    "ch3ef": (FORMS["plain"], "expected query and options; it has"),
+    "scienceqa": ({"question": "a", "choices": ["b"]}, "expected question and choices and a number as answer; it has"),
+    "textvqa": (FORMS["plain"], "expected question and image_id"),
+    "flickr30k": (FORMS["plain"], "expected sentences and filename"),
+    "spa-vl": ({"question": "a", "chosen": "b"}, "expected question and image; it has chosen, question"),
+    "questions": (FORMS["plain"], "expected question_id and text"),
+}
+
+
+@pytest.mark.parametrize("form", MISFITS)
+def test_a_sample_of_another_form_is_named(tmp_path: Path, form: str) -> None:
+    record, message = MISFITS[form]
+    path = tmp_path / "data.json"
+    with pytest.raises(DataError, match=f"data.json: sample 0: {message}"):
+        records(path, [record], form=form)
+
+
+def test_a_form_that_there_is_not_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=f"format: expected auto, {', '.join(READ)}, got 'lava'"):
+        records(tmp_path / "data.json", [FORMS["plain"]], form="lava")
+    for broken, message in (
+        ({"instr-resp": ["x"]}, "instr-resp: expected a list of instructions with responses"),
+        ({"query": "a", "options": []}, "options: expected a list of answers, the right one first"),
+        ({"filename": "a", "sentences": [{"text": "b"}]}, "sentences: expected a list of captions"),
+    ):
+        with pytest.raises(DataError, match=message):
+            records(tmp_path / "data.json", [broken])

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tiny_published import JUDGE
 
 from hpa.evaluation.judge import JUDGES, RefusalJudge, get_judge
 
@@ -87,3 +88,17 @@ def test_a_file_that_is_no_list_is_refused(tmp_path: Path, name: str, content: s
         (tmp_path / name).write_text(content, encoding="utf-8")
     with pytest.raises(ValueError, match=message):
         get_judge(f"keywords:{tmp_path / name}")
+
+
+def test_vlguards_judge_is_read_from_its_own_file(tmp_path: Path) -> None:
+    file = tmp_path / "utils.py"
+    file.write_text(JUDGE)
+    judge = get_judge(f"vlguard:{file}")
+    assert judge.keywords == ("i cannot", "unethical", "but I cannot")
+    assert judge.is_refusal("I CANNOT say.")
+    assert judge.is_refusal("It is not")
+    assert not judge.is_refusal("It is not so.")
+    for wrong in ("reject_list = 3", "reject_list = [", "other = ['a']"):
+        file.write_text(wrong)
+        with pytest.raises(ValueError, match=r"expected VLGuard's utils/utils.py, which assigns a reject_list"):
+            get_judge(f"vlguard:{file}")

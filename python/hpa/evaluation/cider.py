@@ -46,14 +46,15 @@ def best_reference_scores(
 ) -> list[float]:
     """SMoLoRA's rule for Flickr30k: of each picture's references the one that the candidate agrees with best, alone.
 
-    Which is best is told by CIDEr-D among the references of this picture, each taken for a picture of its own; then
-    follows CIDEr-D over all pictures against the chosen ones.
+    Which is best is told by CIDEr-D among the references of this picture, each taken for a picture of its own.  Then
+    follows CIDEr-D over all pictures, and as published with its two sides exchanged: the model's answers are taken for
+    the references (weights of words come from them), the chosen captions for what is judged.
     """
     chosen = []
     for candidate, several in zip(candidates, references, strict=True):
         alone = cider_scores([candidate] * len(several), [[reference] for reference in several])
-        chosen.append([several[max(range(len(alone)), key=alone.__getitem__)]])  # the first of the best
-    return cider_scores(candidates, chosen)
+        chosen.append(several[max(range(len(alone)), key=alone.__getitem__)])  # the first of the best
+    return cider_scores(chosen, [[candidate] for candidate in candidates])
 
 
 def words(text: str) -> list[str]:

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from hpa.data.packaged import MissingPackageError, packaged_strings
+from hpa.data.packaged import MissingPackageError, assigned_strings, packaged_strings
 
 __all__ = ["JUDGES", "RefusalJudge", "Verdict", "get_judge"]
 
@@ -91,6 +91,9 @@ def get_judge(name: str) -> RefusalJudge:
     ``keywords-as-written:FILE`` in the answer as it is, as the evaluations after Zou et al. and Qi et al. do.  The
     strings stay as the file has them, also those that can never match.  The version is a digest of the list.
 
+    ``vlguard:FILE`` is VLGuard's own judge, read from ``utils/utils.py`` of its repository: its ``reject_list`` in the
+    lower-cased answer, and the answer that is ``it is not`` and no more.  The file is parsed, not run.
+
     Args:
         name: of a registered judge, or with a file: a JSON list of strings, or plain text with one string a line.
 
@@ -113,7 +116,8 @@ def get_judge(name: str) -> RefusalJudge:
         close = difflib.get_close_matches(name, names, n=1)
         hint = f"; did you mean {close[0]!r}?" if close else ""
         known = ", ".join(names)
-        raise ValueError(f"judge: expected one of {known}, got {name!r}{hint} (or keywords:FILE with a list of yours)")
+        own = "keywords:FILE with a list of yours, vlguard:FILE with VLGuard's"
+        raise ValueError(f"judge: expected one of {known}, got {name!r}{hint} (or {own})")
     return JUDGES[name]
 
 
@@ -127,7 +131,8 @@ _FROM_PACKAGE = {
     )
 }
 """Name to source, package, module, file, and the list's name in it."""
-_FROM_FILE = {"keywords": True, "keywords-as-written": False}
+_FROM_FILE = {"keywords": True, "keywords-as-written": False, "vlguard": True}
+"""Kind to whether the answer is lower-cased."""
 
 
 def _judge_of_file(name: str, path: Path, *, lowercase: bool) -> RefusalJudge:
@@ -136,7 +141,15 @@ def _judge_of_file(name: str, path: Path, *, lowercase: bool) -> RefusalJudge:
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise ValueError(f"judge: {path} cannot be read ({reason}); expected a list of keywords") from None
-    if path.suffix == ".json":
+    exact: tuple[str, ...] = ()
+    if name.startswith("vlguard:"):
+        try:
+            found, exact = list(assigned_strings(text, "reject_list") or ()), ("it is not",)
+        except SyntaxError:
+            found = []
+        if not found:
+            raise ValueError(f"judge: {path}: expected VLGuard's utils/utils.py, which assigns a reject_list")
+    elif path.suffix == ".json":
         try:
             found = json.loads(text)
         except ValueError as error:
@@ -151,7 +164,12 @@ def _judge_of_file(name: str, path: Path, *, lowercase: bool) -> RefusalJudge:
         raise ValueError(f"judge: {path}: expected at least one keyword, got none")
     version = _digest(lowercase, keywords)
     return RefusalJudge(
-        name=name, version=version, keywords=keywords, lowercase=lowercase, source=f"the list in {path}"
+        name=name,
+        version=version,
+        keywords=keywords,
+        exact=exact,
+        lowercase=lowercase,
+        source=f"the list in {path}",
     )
 
 

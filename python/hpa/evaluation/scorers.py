@@ -185,7 +185,8 @@ The weights of words come from the captions of the samples that are asked: with 
 """
 cider_best_reference = SetScorer(_cider_best_reference)
 """SMoLoRA's figure for Flickr30k, which is no usual CIDEr: each picture's best caption is chosen first, by the answer,
-and only that one counts; texts are split at spaces and nothing else, so case and punctuation matter."""
+and only that one counts; then answers and captions change places.  Texts are split at spaces and nothing else, so case
+and punctuation matter."""
 
 
 def vqa(answer: str, sample: Sample) -> float:
@@ -212,8 +213,7 @@ def vqa(answer: str, sample: Sample) -> float:
 def vqa_normal(text: str) -> str:
     """An answer as the EvalAI processor of VQA leaves it.
 
-    Lower case, without punctuation and articles, numbers up to ten as digits, contractions with their apostrophe (the
-    common ones; its own table has a few that are no words).
+    Lower case, without punctuation and articles, numbers up to ten as digits, contractions with their apostrophe.
     """
     text = text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip()
     text = text.replace("\n", " ").replace("\t", " ").strip()
@@ -222,7 +222,7 @@ def vqa_normal(text: str) -> str:
         # A mark at the edge of a word goes, one inside a word becomes a space.
         at_edge = f"{mark} " in text or f" {mark}" in text or re.search(r"\d,\d", text) is not None
         out = out.replace(mark, "" if at_edge else " ")
-    out = re.sub(r"\.(?!\d)", "", out)
+    out = re.sub(r"\.(?!\d)", "", out, count=32)  # as published: a flag stands where the count belongs
     words = [_NUMBERS.get(word, word) for word in out.split()]
     return " ".join(_CONTRACTIONS.get(word, word) for word in words if word not in ("a", "an", "the"))
 
@@ -231,13 +231,22 @@ _MARKS = ';/[]"{}()=+\\_-><@`,?!'
 _DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten")
 _NUMBERS = {"none": "0"} | {word: str(number) for number, word in enumerate(_DIGITS)}
 _WITH_APOSTROPHE = """
-    ain't aren't can't could've couldn't didn't doesn't don't hadn't hasn't haven't he'd he's how'd how'll how's
-    i'm i've isn't it'd it'll let's might've mightn't must've mustn't needn't oughtn't shan't she's should've
-    shouldn't somebody's someone's something's that's there's they'd they'll they're they've wasn't we've
-    weren't what'll what're what's what've when's where'd where's who'd who'll who's who've why'll why're why's
-    won't would've wouldn't y'all you'd you'll you're you've
+    'ow's'at 'twas ain't aren't can't could've couldn't couldn't've didn't doesn't don't hadn't hadn't've hasn't haven't
+    he'd he'd've he's how'd how'll how's isn't it'd it'd've it'll ma'am might've mightn't mightn't've must've mustn't
+    needn't not've o'clock oughtn't shan't she'd've should've shouldn't shouldn't've somebody'd've somebody'll
+    somebody's someone'd someone'd've someone'll someone's something'd something'd've something'll that's there'd
+    there'd've there're there's they'd they'd've they'll they're they've wasn't we'd've we've weren't what'll what're
+    what's what've when's where'd where's where've who'd who'd've who'll who's who've why'll why're why's won't would've
+    wouldn't wouldn't've y'all y'all'd've y'all'll you'd you'd've you'll you're you've
 """
-_CONTRACTIONS = {word.replace("'", ""): word for word in re.findall(r"\S+", _WITH_APOSTROPHE)}
+_CONTRACTIONS = {
+    word[:place] + word[place + 1 :]: word
+    for word in _WITH_APOSTROPHE.split()
+    for place, letter in enumerate(word)
+    if letter == "'"
+} | {"somebody'd": "somebodyd"}
+"""What lacks one of its apostrophes, and what it is.  The table is the published one: "im" and "its" are not in it, and
+one entry goes the wrong way."""
 
 SCORERS: dict[str, Scorer] = {
     "cider": cider,
