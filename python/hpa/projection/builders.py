@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hpa.gram import whole
 from hpa.layers import InputStatistics, LowRankUpdate, clean_name
+from hpa.projection.apply import is_sharded
 from hpa.projection.basis import Basis, Growth, Parameters, _is_count, named_parameters
 
 __all__ = [
@@ -48,7 +49,8 @@ def gradient_basis(
         energy: see :meth:`Basis.add`; with it all gradients are held in memory at once.
         capacity, dtype: of the new basis.
 
-    Gradients of ``DTensor`` parameters are gathered, so every process must take part and gets the whole basis.
+    Gradients of ``DTensor`` parameters are gathered: every process takes part, with the same batches, and gets the
+    whole basis.
     """
     chosen = answer_logit if objective is None else objective
     named = {name: value for name, value in named_parameters(model).items() if isinstance(value, Tensor)}
@@ -65,9 +67,10 @@ def gradient_basis(
     try:
         for batch in batches:
             with torch.enable_grad():
-                value = chosen(model, batch)
-                found = torch.autograd.grad(value, [named[name] for name in members], allow_unused=True)
+                found = _gradients(chosen(model, batch), [named[name] for name in members])
             gradients = {name: _whole(gradient) for name, gradient in zip(members, found, strict=True)}
+            if all(gradient is None for gradient in gradients.values()):
+                raise ValueError("objective: its gradient reaches none of the basis's parameters")
             if energy is None:
                 basis.add(gradients)
             else:
@@ -307,6 +310,21 @@ def _gram_of(layer: str, statistics: InputStatistics) -> Tensor:
     if gram is None:
         raise ValueError(f'statistics: layer {layer} has no Gram matrix; calibrate with want=("gram",)')
     return gram
+
+
+def _gradients(value: Tensor, parameters: list[Tensor]) -> list[Tensor | None]:
+    if not any(is_sharded(parameter) for parameter in parameters):
+        return list(torch.autograd.grad(value, parameters, allow_unused=True))
+    # FSDP2 computes with gathered copies: only a backward pass brings gradients to the shards.
+    kept = [parameter.grad for parameter in parameters]
+    try:
+        for parameter in parameters:
+            parameter.grad = None
+        value.backward()
+        return [parameter.grad for parameter in parameters]
+    finally:
+        for parameter, gradient in zip(parameters, kept, strict=True):
+            parameter.grad = gradient
 
 
 def _whole(gradient: Tensor | None) -> Tensor | None:
