@@ -22,13 +22,14 @@ if TYPE_CHECKING:
     from hpa.config import AdaptConfig
     from hpa.layers import InputStatistics, LayerChange, LayerEdit, LowRankUpdate
     from hpa.methods import METHODS, Method, create_method
-    from hpa.projection import Basis, project_optimizer
+    from hpa.projection import Basis, HPACallback, project_optimizer
     from hpa.safety_set import build_safety_set
 
 _HOME = {
     "AdaptConfig": "hpa.config",
     "AdaptResult": "hpa.adapt",
     "Basis": "hpa.projection",
+    "HPACallback": "hpa.projection",
     "InputStatistics": "hpa.layers",
     "LayerChange": "hpa.layers",
     "LayerEdit": "hpa.layers",
@@ -51,6 +52,7 @@ __all__ = [
     "AdaptConfig",
     "AdaptResult",
     "Basis",
+    "HPACallback",
     "InputStatistics",
     "LayerChange",
     "LayerEdit",

@@ -8,6 +8,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 from hpa.projection.basis import Basis, CapacityError, Growth
 from hpa.projection.builders import (
     answer_logit,
@@ -21,10 +23,14 @@ from hpa.projection.builders import (
 )
 from hpa.projection.optimizer import Projection, ProjectionError, project_optimizer
 
+if TYPE_CHECKING:
+    from hpa.projection.trainer import HPACallback
+
 __all__ = [
     "Basis",
     "CapacityError",
     "Growth",
+    "HPACallback",
     "Projection",
     "ProjectionError",
     "answer_logit",
@@ -37,3 +43,11 @@ __all__ = [
     "project_optimizer",
     "weight_basis",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "HPACallback":  # brings transformers along
+        from hpa.projection.trainer import HPACallback
+
+        return HPACallback
+    raise AttributeError(f"module 'hpa.projection' has no attribute {name!r}")
