@@ -16,16 +16,16 @@ from __future__ import annotations
 import sys
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from hpa.calibration import CalibrationStream, LayerSpec, find_layers, linear_of, unwrap
+from hpa.calibration import CalibrationStream, LayerSpec, adapters_off, find_layers, linear_of, unwrap
 from hpa.config import AdaptConfig, CalibrationConfig, validated
 from hpa.layers import InputStatistics, LayerChange, LayerEdit, LowRankUpdate, Number, add_update, clean_name
 from hpa.methods import METHODS, Method
@@ -321,7 +321,7 @@ class _AdapterModel(_Models):
         return self._model
 
     def context(self, state: str) -> AbstractContextManager[Any]:
-        return _adapters_off(self._model) if state == "before" else nullcontext()
+        return adapters_off(self._model) if state == "before" else nullcontext()
 
     def change(self, spec: LayerSpec) -> tuple[Tensor, LowRankUpdate | Tensor]:
         before = self._linear(spec).weight.detach()
@@ -473,7 +473,7 @@ def _observe(method: Method, statistics: Mapping[str, InputStatistics]) -> None:
 
 def _calibration_options(method: Method, config: CalibrationConfig | None) -> CalibrationConfig:
     """``config``, overridden by what the method's own options set in so many words."""
-    own = method.config if isinstance(method.config, CalibrationConfig) else None
+    own = method.calibration
     if config is None:
         return CalibrationConfig() if own is None else own
     if own is None:
@@ -566,22 +566,6 @@ def _has_lora(module: Any, name: str) -> bool:
             f"{where} uses a LoRA variant (DoRA, ...) whose update is not B A; merge it and pass both models"
         )
     return bool(active)
-
-
-@contextmanager
-def _adapters_off(model: nn.Module) -> Iterator[None]:
-    """Adapters disabled, then enabled again with the gradients' flags as they were."""
-    layers = [cast(Any, module) for module in model.modules() if hasattr(module, "base_layer")]
-    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    for layer in layers:
-        layer.enable_adapters(False)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.enable_adapters(True)
-        for parameter, flag in flags:
-            parameter.requires_grad_(flag)
 
 
 class _CallableModule(ModuleType):

@@ -39,6 +39,7 @@ __all__ = [
     "CalibrationWarning",
     "Exchange",
     "LayerSpec",
+    "adapters_off",
     "calibrate",
     "find_layers",
     "linear_of",
@@ -141,6 +142,22 @@ def calibrate(
     """
     stream = CalibrationStream(model, batches, layers, want=want, config=config)
     return ((number, stream.block(number)) for number in stream.numbers)
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Adapters disabled, then enabled again with the gradients' flags as they were."""
+    layers = [cast(Any, module) for module in model.modules() if hasattr(module, "base_layer")]
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)
 
 
 def unwrap(model: nn.Module) -> nn.Module:

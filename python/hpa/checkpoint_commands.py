@@ -448,7 +448,7 @@ def _job(
         if role in by_role:
             raise _error(f"--statistics: two files of the {role} set: {by_role[role]} and {path}")
         by_role[role] = path
-    config = method.config if isinstance(method.config, CalibrationConfig) else CalibrationConfig()
+    config = method.calibration or CalibrationConfig()
     config = CalibrationConfig(**config.model_dump(include=set(CalibrationConfig.model_fields)))
     calibrations: dict[str, CalibrationJob] = {}
     for role, data in (("safety", safety), ("task", task)):

@@ -61,7 +61,7 @@ from hpa.recipe import (
 )
 from hpa.safety_set import build_safety_set
 from hpa.storage import Journal, RunFolderError, RunLock, dump_line, load_tensors, read_lines, save_tensors, write_file
-from hpa.training import merge_updates, sample_batches, train_lora
+from hpa.training import Lesson, TrainingHooks, merge_updates, sample_batches, train_lora
 
 __all__ = [
     "Branch",
@@ -457,7 +457,7 @@ class Session:
         if path is None or path.exists():
             return
         self._load(self.aligned(branch.seed))
-        updates, numbers = self._train(branch, index, listener, where or branch.id)
+        updates, numbers = self._train(branch, index, _method_of(branch), listener, where or branch.id)
         _save_updates(path, updates, numbers)
 
     # ---------------------------------------------------------------------------------------------- a branch
@@ -476,7 +476,7 @@ class Session:
                 method.load_state_dict(self._enter(branch, index))
                 if method.starts_from == "aligned":
                     self._load(self.aligned(branch.seed))
-                updates = self._updates(branch, index, journal, listener)
+                updates = self._updates(branch, index, method, journal, listener)
                 self._edit(branch, index, method, updates, journal, listener)
             else:
                 # After an edit in this process the model already holds these very weights; loading them keeps one path.
@@ -502,11 +502,13 @@ class Session:
         self._load({name.removeprefix("model/"): value for name, value in tensors.items() if name.startswith("model/")})
         return {name.removeprefix("method/"): value for name, value in tensors.items() if name.startswith("method/")}
 
-    def _updates(self, branch: Branch, index: int, journal: Journal, listener: Listener) -> dict[str, LowRankUpdate]:
+    def _updates(
+        self, branch: Branch, index: int, method: Method, journal: Journal, listener: Listener
+    ) -> dict[str, LowRankUpdate]:
         """The updates of task ``index``, trained now or before; the model holds the weights that it starts from."""
         path = self._shared_path(branch, index) or self._update_path(branch, index)
         if not path.exists():
-            updates, numbers = self._train(branch, index, listener, branch.id)
+            updates, numbers = self._train(branch, index, method, listener, branch.id)
             _save_updates(path, updates, numbers)
         # Read back also when just trained, so that a resumed run takes the very same path.
         updates, numbers = _load_updates(path)
@@ -516,10 +518,10 @@ class Session:
         return updates
 
     def _train(
-        self, branch: Branch, index: int, listener: Listener, where: str
+        self, branch: Branch, index: int, method: Method, listener: Listener, where: str
     ) -> tuple[dict[str, LowRankUpdate], dict[str, Any]]:
         started = time.perf_counter()
-        task, settings, method = self.tasks[index], branch.training, _method_of(branch)
+        task, settings = self.tasks[index], branch.training
         listener.progress(where, f"{task} ({index + 1}/{len(self.tasks)}): samples", 0, 0)
         samples = self._training_samples(branch, task)
         if method.trains_on == "tasks so far":
@@ -533,13 +535,23 @@ class Session:
             losses.append(loss)
             tell(step, loss)
 
+        layers = [spec for spec in self._layers if spec.block not in frozen]
+        hooks = method.hooks(self._lesson(branch, index, method, layers)) or TrainingHooks()
+        batches = sample_batches(
+            samples,
+            lambda chosen: self._collate(hooks.samples(chosen)),
+            batch_size=settings.batch_size,
+            steps=settings.steps,
+            seed=derive_seed(branch.seed, task, "order"),
+        )
         updates = train_lora(
             self.model,
-            self._batches(samples, settings.batch_size, settings.steps, derive_seed(branch.seed, task, "order")),
+            batches,
             settings,
             derive_seed(branch.seed, task, "factors"),
-            layers=[spec for spec in self._layers if spec.block not in frozen],
+            layers=layers,
             on_step=on_step,
+            hooks=hooks,
         )
         seconds = time.perf_counter() - started
         curve = _thinned(losses, LOSS_POINTS)
@@ -568,6 +580,7 @@ class Session:
             aligned=self.aligned(branch.seed) if "aligned" in method.references else None,
             unaligned=self._base_weights() if "unaligned" in method.references else None,
         )
+        method.after_task(self._lesson(branch, index, method, self._layers))
         state = {f"model/{name}": weight for name, weight in self._weights().items()}
         state |= {f"method/{name}": tensor for name, tensor in method.state_dict().items()}
         save_tensors(self._state_path(branch, index), state)
@@ -575,6 +588,26 @@ class Session:
         _record(journal, listener, {**step, "seconds": time.perf_counter() - started, "layers": layers})
         for old in (self._update_path(branch, index), self._state_path(branch, index - 1)):
             old.unlink(missing_ok=True)
+
+    def _lesson(self, branch: Branch, index: int, method: Method, layers: Sequence[LayerSpec]) -> Lesson:
+        """What a method may read while task ``index`` is trained; its memory holds the same samples each time."""
+        memory = []
+        for task in self.tasks[:index] if method.memory_samples else ():
+            samples = self._training_samples(branch, task)
+            order = np.random.default_rng(derive_seed(branch.seed, task, "memory")).permutation(len(samples))
+            memory.append([samples[int(number)] for number in order[: method.memory_samples]])
+        refusals = method.safety_memory
+        return Lesson(
+            model=self.model,
+            layers=layers,
+            task_index=index,
+            seed=derive_seed(branch.seed, self.tasks[index], "method"),
+            task=self._training_samples(branch, self.tasks[index]),
+            memory=memory,
+            safety=self._safety_samples(branch.seed, refusals) if refusals else [],
+            collate=self._collate,
+            batch_size=branch.training.batch_size,
+        )
 
     def _evaluate(self, branch: Branch, index: int, task: str, journal: Journal, listener: Listener) -> None:
         listener.progress(branch.id, f"{task} ({index + 1}/{len(self.tasks)}): evaluation", 0, 0)
@@ -689,7 +722,8 @@ class Session:
     def _safety_counts(self, seed: int) -> set[int]:
         """How many refusals the methods of a seed's branches read."""
         methods = [_method_of(b) for b in self.branches if b.seed == seed]
-        return {_calibration_of(method).safety_samples for method in methods if _reads(method, "safety")}
+        read = {_calibration_of(method).safety_samples for method in methods if _reads(method, "safety")}
+        return read | {method.safety_memory for method in methods if method.safety_memory}
 
     def _ensure_safety_set(self, seed: int, count: int, listener: Listener) -> None:
         """Ask the aligned model harmful requests, and keep ``count`` of its refusals."""
@@ -947,7 +981,7 @@ def _method_of(branch: Branch) -> Method:
 
 
 def _calibration_of(method: Method) -> CalibrationConfig:
-    return method.config if isinstance(method.config, CalibrationConfig) else CalibrationConfig()
+    return method.calibration or CalibrationConfig()
 
 
 def _reads(method: Method, what: str) -> bool:

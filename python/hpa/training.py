@@ -9,6 +9,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -16,11 +18,22 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from hpa.calibration import LayerSpec, find_layers
+from hpa.calibration import LayerSpec, adapters_off, find_layers
 from hpa.data.scenario import Sample
 from hpa.layers import LowRankUpdate
 
-__all__ = ["Share", "TrainConfig", "TrainingError", "merge_updates", "sample_batches", "train_lora"]
+__all__ = [
+    "Factors",
+    "Lesson",
+    "Share",
+    "TrainConfig",
+    "Training",
+    "TrainingError",
+    "TrainingHooks",
+    "merge_updates",
+    "sample_batches",
+    "train_lora",
+]
 
 ADAPTER = "task"
 
@@ -72,6 +85,97 @@ class TrainConfig(BaseModel):
         )
 
 
+@dataclass(frozen=True)
+class Lesson:
+    """What a method is told of a task besides the model: :meth:`hpa.methods.Method.hooks`.
+
+    Attributes:
+        model: with the weights before the task (after it, in ``after_task``).
+        layers: the linear layers that are trained.
+        task_index: 0-based.
+        seed: for draws.
+        task: the task's training samples.
+        memory: those of each earlier task that the method keeps (``memory_samples``).
+        safety: harmful requests with the aligned model's refusals (``safety_memory``).
+        collate: samples to a batch with labels.
+        batch_size: of a step.
+    """
+
+    model: nn.Module = field(repr=False)
+    layers: Sequence[LayerSpec] = field(repr=False)
+    task_index: int
+    seed: int
+    task: Sequence[Sample] = field(repr=False)
+    memory: Sequence[Sequence[Sample]] = field(repr=False)
+    safety: Sequence[Sample] = field(repr=False)
+    collate: Callable[[Sequence[Sample]], Mapping[str, Tensor]] = field(repr=False)
+    batch_size: int
+
+    @property
+    def remembered(self) -> list[Sample]:
+        """All of the memory, refusals first."""
+        return [*self.safety, *(sample for task in self.memory for sample in task)]
+
+    def batch(self, samples: Sequence[Sample]) -> dict[str, Tensor]:
+        """Collated, on the model's device."""
+        device = next(self.model.parameters()).device
+        return {key: value.to(device) for key, value in self.collate(samples).items()}
+
+
+@dataclass(frozen=True)
+class Factors:
+    """The trainable LoRA factors of a layer: ``W = W_{t-1} + scale * B A``."""
+
+    A: nn.Parameter
+    B: nn.Parameter
+    scale: float
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training at work.
+
+    Attributes:
+        model: carries the factors.
+        factors: by layer.
+        optimizer: steps them.
+    """
+
+    model: nn.Module
+    factors: Mapping[str, Factors]
+    optimizer: torch.optim.Optimizer
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The factors by their names in the model."""
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+    def without_update(self) -> AbstractContextManager[None]:
+        """Inside, the model is the one before the task."""
+        return adapters_off(self.model)
+
+
+class TrainingHooks:
+    """What a method does inside a training; each hook does nothing unless it is overridden."""
+
+    def samples(self, chosen: Sequence[Sample]) -> Sequence[Sample]:
+        """The samples of a batch, given those of the task."""
+        return chosen
+
+    def begin(self, training: Training) -> None:
+        """The factors are there, and the optimizer; no step was made."""
+
+    def loss(self, batch: Mapping[str, Tensor], output: Any) -> Tensor | None:
+        """What is added to the loss of a batch."""
+        return None
+
+    def before_step(self, step: int) -> None:
+        """Gradients are made and clipped; the 0-based step follows."""
+
+    def end(self) -> None:
+        """The last step is made (or the training has failed)."""
+
+
 def train_lora(
     model: nn.Module,
     batches: Iterable[Mapping[str, Tensor]],
@@ -80,6 +184,7 @@ def train_lora(
     *,
     layers: Sequence[LayerSpec] | None = None,
     on_step: Callable[[int, float], None] | None = None,
+    hooks: TrainingHooks | None = None,
 ) -> dict[str, LowRankUpdate]:
     """Fine-tune ``model`` by LoRA and return the update of every layer; the model comes back as it was.
 
@@ -92,6 +197,7 @@ def train_lora(
         batches: at least ``config.steps`` dictionaries of model arguments with ``labels``; moved to the model's device.
         layers: what is trained; by default every linear layer of the decoder blocks.
         on_step: called with (0-based step, loss) after each step.
+        hooks: what a method does on the way.
 
     Returns:
         layer name to :class:`LowRankUpdate`, factors in float32 on the model's device.
@@ -130,7 +236,8 @@ def train_lora(
         try:
             modules: dict[str, Any] = {spec.name: model.get_submodule(spec.name) for spec in specs}
             _initialise(modules.values(), seed)
-            _optimise(model, batches, config, on_step)
+            factors = {name: _factors_of(module) for name, module in modules.items()}
+            _optimise(model, batches, config, on_step, factors, hooks or TrainingHooks())
             return {name: _update_of(module) for name, module in modules.items()}
         finally:
             tuner.unload()
@@ -180,6 +287,8 @@ def _optimise(
     batches: Iterable[Mapping[str, Tensor]],
     config: TrainConfig,
     on_step: Callable[[int, float], None] | None,
+    factors: Mapping[str, Factors],
+    hooks: TrainingHooks,
 ) -> None:
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     device = parameters[0].device
@@ -191,23 +300,31 @@ def _optimise(
     options = {"use_cache": False} if hasattr(model, "generation_config") else {}
     model.train()
     taken = 0
-    for step, batch in zip(range(config.steps), batches, strict=False):
-        for group in optimizer.param_groups:
-            group["lr"] = config.learning_rate_at(step)
-        loss = model(**{key: value.to(device) for key, value in batch.items()}, **options).loss
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise TrainingError(
-                f"the loss is {value} at step {step + 1} of {config.steps}; try a smaller learning_rate"
-            )
-        loss.backward()
-        if config.max_grad_norm is not None:
-            nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        taken = step + 1
-        if on_step is not None:
-            on_step(step, value)
+    try:
+        hooks.begin(Training(model, factors, optimizer))
+        for step, batch in zip(range(config.steps), batches, strict=False):
+            for group in optimizer.param_groups:
+                group["lr"] = config.learning_rate_at(step)
+            batch = {key: value.to(device) for key, value in batch.items()}
+            output = model(**batch, **options)
+            extra = hooks.loss(batch, output)
+            loss = output.loss if extra is None else output.loss + extra
+            value = float(loss.detach())
+            if not math.isfinite(value):
+                raise TrainingError(
+                    f"the loss is {value} at step {step + 1} of {config.steps}; try a smaller learning_rate"
+                )
+            loss.backward()
+            if config.max_grad_norm is not None:
+                nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+            hooks.before_step(step)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            taken = step + 1
+            if on_step is not None:
+                on_step(step, value)
+    finally:
+        hooks.end()
     if taken < config.steps:
         raise ValueError(f"batches: expected at least {config.steps} (steps), got {taken}")
 
@@ -221,6 +338,10 @@ def _initialise(modules: Iterable[Any], seed: int) -> None:
             bound = 1.0 / math.sqrt(factor_a.shape[1])
             factor_a.copy_((2.0 * torch.rand(factor_a.shape, generator=generator) - 1.0) * bound)
             factor_b.zero_()
+
+
+def _factors_of(module: Any) -> Factors:
+    return Factors(module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight, float(module.scaling[ADAPTER]))
 
 
 def _update_of(module: Any) -> LowRankUpdate:

@@ -10,8 +10,9 @@ from typing import ClassVar, Literal
 from pydantic import BaseModel, ConfigDict, JsonValue
 from torch import Tensor
 
-from hpa.config import ColumnConfig
+from hpa.config import CalibrationConfig, ColumnConfig
 from hpa.layers import InputStatistics, LayerChange, LayerEdit, LowRankUpdate
+from hpa.training import Lesson, TrainingHooks
 
 __all__ = [
     "STATISTICS",
@@ -96,6 +97,32 @@ class Method(ABC):
     def merges_earlier(self) -> bool:
         """Whether :meth:`edit_layer` reads what other tasks made of the same weights (``LayerChange.earlier``)."""
         return False
+
+    @property
+    def calibration(self) -> CalibrationConfig | None:
+        """How its statistics are made, where its options say so."""
+        return self.config if isinstance(self.config, CalibrationConfig) else None
+
+    @property
+    def memory_samples(self) -> int:
+        """Training samples of each earlier task that it keeps and may read while the next ones are trained."""
+        return 0
+
+    @property
+    def safety_memory(self) -> int:
+        """Harmful requests, with the aligned model's refusals, that it may read while a task is trained."""
+        return 0
+
+    def hooks(self, lesson: Lesson) -> TrainingHooks | None:
+        """What it does inside the training of a task; the model holds the weights before it.  ``None``: nothing.
+
+        Whatever it does to the *first* task has to show in :attr:`training_options`.
+        """
+        return None
+
+    def after_task(self, lesson: Lesson) -> None:
+        """The task is trained and edited: the model holds what is left of it.  Called before :meth:`state_dict`."""
+        return
 
     def frozen_blocks(self, blocks: int) -> frozenset[int]:
         """Decoder blocks, 1-based, of ``blocks`` that are not trained."""
