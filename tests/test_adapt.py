@@ -441,7 +441,7 @@ def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match="before_model: GPTNeoXForCausalLM has no linear layer"):
         adapt(tiny.gpt_neox(), model, safety=safety, task=task)
     with pytest.raises(ValueError, match="method: expected one of seqft, hpa"):
-        adapt(make(), model, safety=safety, task=task, method="ewc")
+        adapt(make(), model, safety=safety, task=task, method="fine")
     wrapped = tiny.with_lora(make())
     with pytest.raises(ValueError, match="model: expected a model without adapters"):
         edit_model(wrapped, updates, create_method("seqft"), None, None)
