@@ -28,7 +28,7 @@ from rich.console import Console
 from hpa.evaluation import metrics
 from hpa.report import build_report, figure_for_readme, read_events, summary_table
 from hpa.report.events import Branch, Run, load_run
-from hpa.report.figures import LINES, drawn, safety_over_time, styles_of
+from hpa.report.figures import LINES, drawn, safety_over_time, styles_of, task_over_time
 from hpa.report.layers import block_shares, layer_means
 from hpa.report.markup import Html, el, join, short_number
 from hpa.report.plot import nice_ticks, place, spread
@@ -458,6 +458,22 @@ def test_a_line_over_time_is_drawn_over_the_same_seeds_from_end_to_end(tmp_path:
     lines = [re.findall(r'<path d="([^"]+)" class="curve', drawing) for drawing in told]
     assert lines[0] == lines[1]
     assert len(lines[0]) == 1
+
+
+def test_a_score_above_a_hundred_stays_inside_its_panel(tmp_path: Path):
+    """CIDEr times 100 has no upper end."""
+    events = make_events(seeds=(0, 1))
+    for event in events:
+        for task in event.get("accuracy") or {}:
+            event["accuracy"][task] *= 2.3
+    run = load_run(write_run(tmp_path, events))
+    assert max(max(e["accuracy"].values()) for e in events if e["event"] == "evaluate") > 110
+    drawing = str(task_over_time(run, "clean", styles_of(run), 0, 200))
+    paths = re.findall(r'<path d="([^"]+)" class="curve', drawing)
+    heights = [float(y) for path in paths for y in re.findall(r"[ML][-\d.]+ ([-\d.]+)", path)]
+    assert heights
+    assert min(heights) >= 24.0  # below the panel's title
+    assert ">100<" in drawing
 
 
 def test_sequences_of_the_recipe_that_never_began_are_named(tmp_path: Path):

@@ -439,8 +439,16 @@ def _small_panel(
     """A panel of the small multiples: percent over the sequence, one line a label, controls thin behind."""
     height = 36 + 0.62 * width
     steps = len(run.tasks)
-    frame = Frame(30, 24, width - 8, height - 22, 0, steps, 0, 100)
-    parts: list[Html | None] = [text(frame.left, 14, title, "head"), frame.y_axis([0, 50, 100])]
+    curves: list[tuple[Group, list[tuple[int, Spread]]]] = []
+    for group in drawn(run, condition):
+        points = [(step, _over_seeds(run, group, step, at)) for step in range(since, steps + 1)]
+        curves.append((group, [(step, point) for step, point in points if point.values]))
+    highest = max((max(point.values) for _, points in curves for _, point in points), default=0.0)
+    if before is not None and before.values:
+        highest = max(highest, *before.values)
+    ticks = [0.0, 50.0, 100.0] if highest <= 100.0 else nice_ticks(0.0, highest, 3)  # CIDEr times 100 has no end there
+    frame = Frame(30, 24, width - 8, height - 22, 0, steps, 0, ticks[-1])
+    parts: list[Html | None] = [text(frame.left, 14, title, "head"), frame.y_axis(ticks)]
     for step in range(steps + 1):
         parts.append(text(frame.x(step), frame.bottom + 14, str(step), "tick", "middle"))
     if before is not None and before.values:
@@ -451,10 +459,8 @@ def _small_panel(
             marker("circle", frame.x(0), frame.y(before.mean), 3.0, "mark start", f"aligned model: {_told(before)} %")
         )
     ends = []
-    for group in drawn(run, condition):
+    for group, points in curves:
         style = styles[group.label]
-        points = [(step, _over_seeds(run, group, step, at)) for step in range(since, steps + 1)]
-        points = [(step, point) for step, point in points if point.values]
         if not points:
             continue
         if style.role == "main":
