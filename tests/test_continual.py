@@ -86,6 +86,18 @@ def untimed(lines: Events) -> list[str]:
     return [json.dumps({k: v for k, v in line.items() if k not in ("seconds", "created")}) for line in lines]
 
 
+def test_without_alignment_steps_the_model_is_taken_for_aligned(cache: Path, tmp_path: Path) -> None:
+    settings = {"alignment": {"steps": 0}, "tasks": ["first"], "methods": SEQFT}
+    result = run(recipe(**settings), tmp_path / "run", cache=cache)
+    assert not result.failures
+    aligned, _ = load_tensors(tmp_path / "run" / "shared" / "seed0" / "aligned.safetensors")
+    base = TinyScenario().base_model(cache, seed=0)
+    for name, weight in aligned.items():
+        assert torch.equal(weight, base.get_submodule(name).weight), name
+    stages = {line["stage"]: line["safety"] for line in events(tmp_path / "run", "aligned")}
+    assert stages["before"] == stages["after"]
+
+
 # ------------------------------------------------------------------------------------------------- what it leaves
 
 

@@ -18,6 +18,8 @@ from hpa.data.files import DataError
 from hpa.data.picture import Picture
 from hpa.data.published import PublishedScenario
 from hpa.data.scenario import Sample, Scenario
+from hpa.evaluation import Evaluator, get_judge, get_scorer
+from hpa.evaluation.scorers import scores
 from hpa.recipe import RecipeError, open_scenario, parse_recipe
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "llava15_paper.yaml"
@@ -220,6 +222,9 @@ def test_annotations_know_the_right_answers(make: Make, data: Data) -> None:
     data.write("unknown.json", rows)
     test = {"file": "unknown.json", "annotations": "ScienceQA/problems.json"}
     task = {"name": "a", "train": "MLLM-CL/AD/train.json", "test": test}
+    data.write("bare.json", [{"question_id": "5", "text": "Which ?"}])
+    (bare,) = make(tasks=[{**task, "test": {**test, "file": "bare.json"}}]).test("a")
+    assert bare.answer == "C"
     with pytest.raises(DataError, match=r"problems.json: expected an annotation of every test sample, none of '99'"):
         make(tasks=[task]).test("a")
     with pytest.raises(DataError, match=r"unknown.json: sample 99: a test sample needs an answer, it has none"):
@@ -239,7 +244,9 @@ def test_every_answer_of_a_conversation_is_learned_after_what_was_said_before(ma
     assert (first.answer, second.answer) == ("A car .", "Yes")
     batch = scenario.collate([second], answers=True)
     words = scenario.encoder.tokenizer.convert_ids_to_tokens(batch["input_ids"][0])
-    said = "USER : <image> <image> <image> <image> What is it ? ASSISTANT : A car . USER : Is it red ? ASSISTANT : Yes"
+    said = (
+        "<s> USER : <image> <image> <image> <image> What is it ? ASSISTANT : A car . USER : Is it red ? ASSISTANT : Yes"
+    )
     assert words == [*said.split(), "</s>"]
     learned = batch["labels"][0][batch["labels"][0] >= 0]
     assert scenario.encoder.tokenizer.convert_ids_to_tokens(learned) == ["Yes", "</s>"]
@@ -274,7 +281,8 @@ def test_batches_are_what_the_processor_makes_of_each_sample(make: Make, model: 
     words = tokenizer.convert_ids_to_tokens(batch["input_ids"][0])
     question = pictured.prompt.split()
     end = ["ASSISTANT", ":", pictured.answer, "</s>"]
-    assert words == ["chat", "USER", ":", *["<image>"] * 4, *question, *end][: len(words)]
+    assert words == ["<s>", "chat", "USER", ":", *["<image>"] * 4, *question, *end]
+    assert tokenizer.convert_ids_to_tokens(batch["input_ids"][1])[:4] == ["<s>", "chat", "USER", ":"]
     for row, sample in enumerate((pictured, plain)):
         learned = batch["labels"][row][batch["labels"][row] >= 0]
         assert tokenizer.convert_ids_to_tokens(learned) == [*sample.answer.split(), "</s>"]
@@ -329,6 +337,8 @@ def test_a_model_of_text_alone_needs_no_pictures(make: Make, data: Data, tmp_pat
     batch = scenario.collate(scenario.train("a", seed=0, samples=2), answers=True)
     assert set(batch) >= {"input_ids", "attention_mask", "labels"}
     assert torch.isfinite(loaded(**batch).loss)
+    words = [tokenizer.convert_ids_to_tokens(row)[0] for row in batch["input_ids"]]
+    assert "<s>" not in words  # a tokenizer's own template writes everything that it wants
     assert len(scenario.generate(loaded, scenario.test("a"), max_new_tokens=2)) == 2
     with pytest.raises(DataError, match="has a picture and the model has no processor for it"):
         scenario.collate(scenario.safety("Ch3Ef-Harmless"), answers=False)
@@ -368,6 +378,30 @@ def test_what_a_recipe_needs_and_the_options_lack_is_told_before_the_run(make: M
     parse_recipe({**content, "alignment": {"steps": 0}}).check_against(make(alignment=[]))
     with pytest.raises(RecipeError, match="injection: expected harmful requests"):
         parse_recipe({**content, **harmful}).check_against(make(injection=[]))
+    parse_recipe(content).check_against(make(calibration=[]))
+    with pytest.raises(RecipeError, match="calibration: expected harmful requests for methods that read a safety set"):
+        parse_recipe({**content, "methods": [{"label": "H", "method": "hpa"}]}).check_against(make(calibration=[]))
+
+
+def test_each_sample_is_scored_by_its_own_rule_and_a_sets_rule_sees_its_own_alone(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    captions = [
+        Sample(f"c{i}", "?", text, metadata={"scorer": "cider"}) for i, text in enumerate(("a red car", "a dog"))
+    ]
+    others = [Sample(f"e{i}", "?", "yes", metadata={"scorer": "exact"}) for i in range(2)]
+    mixed = [captions[0], others[0], captions[1], others[1]]
+    scenario = make()
+    monkeypatch.setattr(scenario, "test", lambda task: mixed)
+    monkeypatch.setattr(scenario, "generate", lambda model, samples, **options: ["a red car", "Yes.", "a cat", "no"])
+    monkeypatch.setattr(scenario, "safety_sets", ())
+    monkeypatch.setattr(scenario, "benign_sets", ())
+    evaluator = Evaluator(scenario, judge=get_judge("demo"), scorer=get_scorer("exact"))
+    found = evaluator.evaluate(torch.nn.Identity(), ["AD"])
+    alone = scores(get_scorer("cider"), ["a red car", "a cat"], captions)
+    assert [answer.score for answer in found.answers] == pytest.approx([alone[0], 1.0, alone[1], 0.0])
+    assert alone[0] > 1.0
+    assert found.accuracy["AD"] == pytest.approx(100 * (sum(alone) + 1.0) / 4)
 
 
 def test_a_missing_picture_is_told_when_its_sample_is_drawn(make: Make, data: Data) -> None:

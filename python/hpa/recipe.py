@@ -190,8 +190,17 @@ class RunConfig(_Section):
                 if task not in known:
                     raise RecipeError(f"{place}: {expected(task, known)}")
         lacks = getattr(scenario, "lacks", None)
-        if lacks is not None and (what := lacks(self.alignment.steps, [c.harmful_fraction for c in self.conditions])):
-            raise RecipeError(f"scenario_options: {what}")
+        if lacks is not None:
+            from hpa.methods import create_method
+
+            needs = {need for row in self.methods for need in create_method(row.method, **row.options).needs}
+            what = lacks(
+                alignment=self.alignment.steps > 0,
+                calibration=any(need.startswith("safety") for need in needs),
+                injection=any(condition.harmful_fraction for condition in self.conditions),
+            )
+            if what:
+                raise RecipeError(f"scenario_options: {what}")
 
     def to_yaml(self) -> str:
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True, width=120)

@@ -16,6 +16,7 @@ from hpa.data.files import Conversation, DataError, Record, Turn, read_records
 from hpa.data.packaged import prompts, same_prompt_key
 from hpa.data.picture import Picture
 from hpa.data.published.options import Options, Skill, Source, Task
+from hpa.data.quiet import quiet
 from hpa.data.scenario import Sample
 
 __all__ = ["COMPLIANCE", "PublishedScenario"]
@@ -50,11 +51,13 @@ class PublishedScenario:
         self._kept: dict[str, list[Sample]] = {}
         self._judged: set[tuple[str, str]] | None = None
 
-    def lacks(self, alignment_steps: int, harmful_fractions: Sequence[float]) -> str | None:
-        """What a recipe needs and the options do not name, in words."""
-        if alignment_steps and not self.options.alignment:
+    def lacks(self, *, alignment: bool, calibration: bool, injection: bool) -> str | None:
+        """What a recipe needs of these and the options do not name, in words."""
+        if alignment and not self.options.alignment:
             return "alignment: expected files to align with, got none (alignment.steps=0 for an aligned model)"
-        if any(harmful_fractions) and not self.options.injection:
+        if calibration and not self.options.calibration:
+            return "calibration: expected harmful requests for methods that read a safety set, got none"
+        if injection and not self.options.injection:
             return "injection: expected harmful requests for conditions with a harmful_fraction, got none"
         return None
 
@@ -70,7 +73,8 @@ class PublishedScenario:
             config = transformers.AutoConfig.from_pretrained(folder, **options)
             pictured = type(config) in transformers.AutoModelForImageTextToText._model_mapping
             kind = transformers.AutoModelForImageTextToText if pictured else transformers.AutoModelForCausalLM
-            model: Any = kind.from_pretrained(folder, dtype=getattr(torch, self.options.dtype), **options)
+            with quiet():
+                model: Any = kind.from_pretrained(folder, dtype=getattr(torch, self.options.dtype), **options)
         except (OSError, ValueError, KeyError) as error:
             first = (str(error).strip().splitlines() or ["no reason given"])[0]
             raise DataError(f"model: transformers cannot load {folder} ({first})") from error
@@ -120,7 +124,7 @@ class PublishedScenario:
         count = round(harmful_fraction * len(chosen))
         pool = self._pool("injection") if count else []
         for place, request in zip(rng.permutation(len(chosen))[:count].tolist(), _turns(pool, count, rng), strict=True):
-            chosen[place] = replace(pool[request], id=f"injected-{place}", answer=COMPLIANCE)
+            chosen[place] = replace(_present(pool[request]), id=f"injected-{place}", answer=COMPLIANCE)
         return chosen
 
     def test(self, task: str) -> list[Sample]:

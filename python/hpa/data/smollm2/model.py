@@ -9,20 +9,19 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.utils import logging
 
 from hpa.data.demo.model import IMAGE_TOKENS, DemoLlava, Recipe, batch_of, greedy_answers, llava_config
 from hpa.data.packaged import packaged_file
+from hpa.data.quiet import quiet
 from hpa.data.scenario import Sample
 from hpa.training import sample_batches
 
@@ -69,12 +68,12 @@ def published_tokenizer(folder: Path | None = None) -> Any:
     """The tokenizer alone; see :func:`published_decoder`."""
     file = None if folder is not None else packaged_file(*MODEL_FILES[0])
     options = {} if file is None else {"gguf_file": file.name}
-    with _quiet():
+    with quiet():
         return AutoTokenizer.from_pretrained(file.parent if file else folder, local_files_only=True, **options)
 
 
 def _load(folder: Path, **options: Any) -> tuple[Any, Any]:
-    with _quiet():
+    with quiet():
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, **options)
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True, **options)
     return model.eval(), tokenizer
@@ -173,13 +172,3 @@ def train_projector(
         optimizer.zero_grad(set_to_none=True)
         report("projector", step + 1, steps, float(loss.detach()))
     projector.requires_grad_(False)
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars, and nothing about unpacked weights, from the library while it loads."""
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()
-    with contextlib.redirect_stderr(io.StringIO()):
-        yield
-    logging.set_verbosity(level)
