@@ -86,7 +86,10 @@ def untimed(lines: Events) -> list[str]:
     return [json.dumps({k: v for k, v in line.items() if k not in ("seconds", "created")}) for line in lines]
 
 
-def test_without_alignment_steps_the_model_is_taken_for_aligned(cache: Path, tmp_path: Path) -> None:
+def test_without_alignment_steps_the_model_is_taken_for_aligned(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(TinyScenario, "alignment_train", None)  # nothing to align with is asked for
     settings = {"alignment": {"steps": 0}, "tasks": ["first"], "methods": SEQFT}
     result = run(recipe(**settings), tmp_path / "run", cache=cache)
     assert not result.failures

@@ -295,6 +295,12 @@ def test_batches_are_what_the_processor_makes_of_each_sample(make: Make, model: 
     assert "labels" not in left
 
 
+def test_an_answer_is_closed_once_and_without_the_blank_that_a_template_leaves(make: Make) -> None:
+    encoder = make().encoder
+    for text, closed in (("USER: a b ASSISTANT: b ", "</s>"), ("b</s>", ""), ("b</s>\n", "")):
+        assert encoder._closed(text, "b") == (text.rstrip() + closed if closed else text)
+
+
 def test_answers_do_not_depend_on_the_batch(make: Make, tmp_path: Path) -> None:
     scenario = make()
     whole = scenario.base_model(tmp_path, seed=0)
