@@ -89,7 +89,11 @@ def untimed(lines: Events) -> list[str]:
 def test_without_alignment_steps_the_model_is_taken_for_aligned(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(TinyScenario, "alignment_train", None)  # nothing to align with is asked for
+
+    def none(self: TinyScenario, *, seed: int) -> list[Any]:
+        raise AssertionError("nothing to align with is to be asked for")
+
+    monkeypatch.setattr(TinyScenario, "alignment_train", none)
     settings = {"alignment": {"steps": 0}, "tasks": ["first"], "methods": SEQFT}
     result = run(recipe(**settings), tmp_path / "run", cache=cache)
     assert not result.failures
