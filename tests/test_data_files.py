@@ -300,11 +300,13 @@ def test_question_files_may_have_one_answer_several_or_none(tmp_path: Path) -> N
         {"question_id": 1, "image": "a.png", "text": "What?", "answer": "cat", "category": "default"},
         {"question_id": "2", "text": "<image>\nSay.", "answer": ["A cat.", "The cat."]},
         {"question_id": 3, "text": "Why?"},
+        {"question_id": 4, "text": "Where?", "answer_bbox": "[0.1, 0.2, 0.3, 0.4]", "size": [640, 480]},
     ]
-    one, two, three = records(tmp_path / "test.json", rows, form="questions")
+    one, two, three, four = records(tmp_path / "test.json", rows, form="questions")
     assert (one.id, one.turns, one.answers) == ("1", (Turn("user", "What?"), Turn("assistant", "cat")), ("cat",))
     assert (two.turns[0].text, two.answers) == ("Say.", ("A cat.", "The cat."))
     assert three.turns == (Turn("user", "Why?"),)
+    assert four.turns[1].text == "[0.1, 0.2, 0.3, 0.4]"
 
 
 def test_evaluation_files_of_spa_vl_have_no_answers(tmp_path: Path) -> None:

@@ -359,7 +359,7 @@ def test_mistakes_in_the_options_are_told_with_their_place(make: Make, data: Dat
     wrong: list[tuple[dict[str, Any], str]] = [
         ({"tasks": []}, "tasks: List should have at least 1 item"),
         ({"tasks": [task], "sytem": "x"}, "sytem: Extra inputs are not permitted"),
-        ({"tasks": [{**task, "scorer": "exakt"}]}, "tasks.0.scorer: scorer: expected one of cider"),
+        ({"tasks": [{**task, "scorer": "exakt"}]}, "tasks.0.scorer: scorer: expected one of box, cider"),
         ({"tasks": [{**task, "test": {}}]}, "tasks.0.test: expected either file or prompts"),
         ({"tasks": [{**task, "test": {"file": "x", "format": "lava"}}]}, "format: expected auto, llava"),
         ({"tasks": [task], "safety": {"x": {"prompts": "none"}}}, "safety.x: prompts: expected one of advbench"),

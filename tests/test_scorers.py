@@ -12,10 +12,12 @@ from hpa.data.scenario import Sample
 from hpa.evaluation.cider import words
 from hpa.evaluation.scorers import (
     SetScorer,
+    box,
     cider,
     cider_best_reference,
     containment,
     contains_word,
+    equal,
     exact,
     get_scorer,
     letter_choice,
@@ -99,7 +101,7 @@ def test_letter_choice_compares_with_the_label() -> None:
 def test_an_unknown_scorer_is_refused_with_those_that_exist() -> None:
     with pytest.raises(
         ValueError,
-        match=r"expected one of cider, .*contains_word, exact, letter_choice, .*vqa, got 'exakt'; did you mean 'exact'",
+        match=r"expected one of box, cider, .*, exact, .*vqa, got 'exakt'; did you mean 'exact'",
     ):
         get_scorer("exakt")
 
@@ -253,3 +255,37 @@ def test_cider_of_a_perfect_answer_is_ten_and_of_one_picture_nothing() -> None:
 def test_words_are_what_the_treebank_leaves_of_plain_english() -> None:
     assert words("Don't run, Tom's well-known dog!") == ["do", "n't", "run", "tom", "'s", "well-known", "dog"]
     assert words("...") == []
+
+
+def test_equal_forgives_case_and_nothing_else() -> None:
+    assert [equal(text, sample("Yes")) for text in ("yes", " YES\n", "yes.", "yes it is", "")] == [
+        1.0,
+        1.0,
+        0.0,
+        0.0,
+        0.0,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("answer", "score"),
+    [
+        ("[0.20, 0.20, 0.80, 0.80]", 1.0),
+        ("[0.20, 0.20, 0.50, 0.80]", 0.0),  # exactly half
+        ("[0.20, 0.20, 0.53, 0.80]", 1.0),  # 0.55
+        ("[0.20, 0.20, 0.80, 0.57]", 0.0),  # as published: read as 0.5, which is half
+        ("[0.20, 0.20, 0.80, 0.600]", 1.0),
+        ("0.20, 0.20, 0.80, 0.80", 1.0),
+        ("[0.20, 0.20, 0.80]", 0.0),
+        ("[0.80, 0.80, 0.90, 0.90]", 0.0),
+        ("a box", 0.0),
+        ("", 0.0),
+    ],
+)
+def test_box_is_coins_rule_with_its_slip(answer: str, score: float) -> None:
+    assert box(answer, sample("[0.2, 0.2, 0.8, 0.8]")) == score
+
+
+def test_box_needs_a_box_to_compare_with() -> None:
+    with pytest.raises(ValueError, match="sample 's': box needs four numbers as reference, got 'left'"):
+        box("[0, 0, 1, 1]", sample("left"))

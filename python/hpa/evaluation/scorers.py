@@ -6,6 +6,8 @@ A rule that looks at all answers of a set together, as CIDEr does, is a :class:`
 scorer                    published as
 ========================  ==============================================================================================
 ``contains_word``         ours
+``box``                   CoIN ``eval_grounding.py`` (RefCOCO)
+``equal``                 CoIN ``eval_vqav2.py``, ``eval_vizwiz.py``, ``eval_ocrvqa.py``
 ``exact``                 MLLM-CL ``eval_finvis.py`` (Fin)
 ``letter_choice``         LLaVA, CoIN, SMoLoRA ``eval_science_qa.py``
 ``substring``             SMoLoRA ``eval_ImagetNet.py``
@@ -32,10 +34,12 @@ __all__ = [
     "SCORERS",
     "Scorer",
     "SetScorer",
+    "box",
     "cider",
     "cider_best_reference",
     "containment",
     "contains_word",
+    "equal",
     "exact",
     "get_scorer",
     "letter_choice",
@@ -88,6 +92,40 @@ def contains_word(answer: str, sample: Sample) -> float:
         if other != label and other and _contains(words, other) and not _contains(label, other):
             return 0.0
     return 1.0
+
+
+def box(answer: str, sample: Sample) -> float:
+    """1 when the box that the answer gives, ``[x1, y1, x2, y2]``, overlaps the reference by more than half (IoU > 0.5).
+
+    CoIN's rule for grounding, as published with its slip: when the brackets are gone the first and the last character
+    go too, so the last number loses a digit (``0.65`` is read as ``0.6``).  What is no four numbers is wrong.
+    """
+    given = _numbers(str(sample.metadata.get("label", sample.answer)).replace("[", "").replace("]", ""))
+    if given is None:
+        raise ValueError(f"sample {sample.id!r}: box needs four numbers as reference, got {sample.answer!r}")
+    said = _numbers(answer.replace("[", "").replace("]", "")[1:-1])
+    if said is None:
+        return 0.0
+    wide, high = (max(0.0, min(said[i + 2], given[i + 2]) - max(said[i], given[i])) for i in (0, 1))
+    areas = sum((held[2] - held[0]) * (held[3] - held[1]) for held in (said, given))
+    union = areas - wide * high
+    return float(union > 0 and wide * high / union > 0.5)
+
+
+def _numbers(text: str) -> list[float] | None:
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        return None
+    return found if len(found) == 4 else None
+
+
+def equal(answer: str, sample: Sample) -> float:
+    """1 when the answer equals ``metadata["label"]`` (or the reference) in either case.
+
+    CoIN's rule for VQAv2, VizWiz and OCR-VQA.  White space around the two does not count; a final dot does.
+    """
+    return float(answer.strip().lower() == str(sample.metadata.get("label", sample.answer)).strip().lower())
 
 
 def exact(answer: str, sample: Sample) -> float:
@@ -249,10 +287,12 @@ _CONTRACTIONS = {
 one entry goes the wrong way."""
 
 SCORERS: dict[str, Scorer] = {
+    "box": box,
     "cider": cider,
     "cider_best_reference": cider_best_reference,
     "containment": containment,
     "contains_word": contains_word,
+    "equal": equal,
     "exact": exact,
     "letter_choice": letter_choice,
     "substring": substring,
