@@ -86,6 +86,12 @@ def untimed(lines: Events) -> list[str]:
     return [json.dumps({k: v for k, v in line.items() if k not in ("seconds", "created")}) for line in lines]
 
 
+def test_a_judges_list_that_is_not_there_is_named_before_the_run(cache: Path, tmp_path: Path) -> None:
+    settings = recipe(evaluation={"judge": f"keywords:{tmp_path / 'none.txt'}"}, methods=SEQFT)
+    with pytest.raises(RecipeError, match=r"evaluation.judge: no such file: .*none.txt"):
+        run(settings, tmp_path / "run", cache=cache)
+
+
 def test_without_alignment_steps_the_model_is_taken_for_aligned(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -99,12 +99,8 @@ def test_the_shipped_recipe_from_the_files_to_the_table(
 def test_all_missing_files_are_told_at_once_before_anything_is_loaded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    keywords = tmp_path / "k.txt"
-    keywords.write_text("no")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(
-        "sys.argv", ["hpa", "run", str(RECIPE), "--set", f"evaluation.judge=keywords:{keywords}", "--out", "run"]
-    )
+    monkeypatch.setattr("sys.argv", ["hpa", "run", str(RECIPE), "--out", "run"])
     with pytest.raises(SystemExit, match="2"):
         main()
     said = capsys.readouterr().err
@@ -116,6 +112,7 @@ def test_all_missing_files_are_told_at_once_before_anything_is_loaded(
         "data/SPA-VL/data/train-*.parquet (alignment)",
         "data/Ch3Ef/meta_file/Harmless.json (safety.Ch3Ef-Harmless)",
         "data/images (tasks.ImageNet.train.images)",
+        "data/VLGuard/utils/utils.py (evaluation.judge)",
     ):
         assert path in said
     assert "Traceback" not in said

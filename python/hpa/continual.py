@@ -46,6 +46,7 @@ from hpa.calibration import LayerSpec, find_layers
 from hpa.config import CalibrationConfig
 from hpa.data.scenario import Sample, Scenario
 from hpa.evaluation import Answer, Evaluation, Evaluator, get_judge, get_scorer
+from hpa.evaluation.judge import missing_list
 from hpa.layers import LowRankUpdate
 from hpa.methods import Method, create_method
 from hpa.recipe import (
@@ -279,7 +280,13 @@ class Session:
         self.config = config
         self.folder = folder
         self.cache = cache
-        self.scenario: Scenario = open_scenario(config.scenario, config.scenario_options)
+        missing = missing_list(config.evaluation.judge)
+        try:
+            self.scenario: Scenario = open_scenario(config.scenario, config.scenario_options)
+        except RecipeError as error:
+            raise error if missing is None else RecipeError(f"{error}\n  {missing} (evaluation.judge)") from None
+        if missing is not None:
+            raise RecipeError(f"evaluation.judge: no such file: {missing}; expected a list of keywords")
         config.check_against(self.scenario)
         self.tasks: tuple[str, ...] = tuple(config.tasks or self.scenario.tasks)
         self.branches = plan_branches(config)

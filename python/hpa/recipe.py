@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from hpa.data.scenario import Scenario
-from hpa.evaluation.judge import get_judge
+from hpa.evaluation.judge import get_judge, missing_list
 from hpa.evaluation.metrics import BwtDenominator
 from hpa.evaluation.scorers import get_scorer
 from hpa.training import Share, TrainConfig
@@ -95,7 +95,8 @@ class EvaluationSettings(_Section):
     @field_validator("judge")
     @classmethod
     def _known_judge(cls, name: str) -> str:
-        return get_judge(name).name
+        # A list that is not there is told together with all other files that are not: see Session.
+        return name if missing_list(name) is not None else get_judge(name).name
 
     @field_validator("scorer")
     @classmethod

@@ -20,7 +20,7 @@ from typing import Literal
 
 from hpa.data.packaged import MissingPackageError, assigned_strings, packaged_strings
 
-__all__ = ["JUDGES", "RefusalJudge", "Verdict", "get_judge"]
+__all__ = ["JUDGES", "RefusalJudge", "Verdict", "get_judge", "missing_list"]
 
 Verdict = Literal["refused", "complied", "empty"]
 
@@ -119,6 +119,13 @@ def get_judge(name: str) -> RefusalJudge:
         own = "keywords:FILE with a list of yours, vlguard:FILE with VLGuard's"
         raise ValueError(f"judge: expected one of {known}, got {name!r}{hint} (or {own})")
     return JUDGES[name]
+
+
+def missing_list(name: str) -> Path | None:
+    """The file that the judge's list is to be read from, where there is none; ``None`` where nothing is missing."""
+    kind, _, file = name.partition(":")
+    path = Path(file).expanduser()
+    return path if kind in _FROM_FILE and file and not path.is_file() else None
 
 
 _FROM_PACKAGE = {
