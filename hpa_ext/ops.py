@@ -367,7 +367,7 @@ def change_statistics(
     if backend is None and not is_dynamo_compiling() and (answer := direct.change_statistics(before, after)):
         if isinstance(answer, list):
             return [ChangeStatistics._make(layer) for layer in answer]
-        return ChangeStatistics._make(answer)
+        return tuple.__new__(ChangeStatistics, answer)
     if isinstance(before, (list, tuple)):
         return _change_statistics_list(before, after, backend)
     before, after = cast(TensorLike, before), cast(TensorLike, after)
@@ -429,7 +429,7 @@ def balanced_mask(
     if backend is None and not is_dynamo_compiling():
         options = (keep, focus, alpha, mode, alpha_mode, alpha_sign, overflow, phi_norm)
         if answer := direct.balanced_mask(safety, task, *options):
-            return BalancedMask._make(answer)
+            return tuple.__new__(BalancedMask, answer)
     if is_compiling():
         mask, numbers = torch.ops.hpa_ext.balanced_mask(
             safety, task, keep, focus, list(alpha), mode, alpha_mode, alpha_sign, overflow, phi_norm, backend

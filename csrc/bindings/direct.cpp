@@ -23,6 +23,7 @@
 #include <cstdlib>
 #include <deque>
 #include <limits>
+#include <memory>
 #include <new>
 #include <optional>
 #include <utility>
@@ -283,15 +284,16 @@ bool run(std::int64_t work, const Kernel& kernel) {
 class Output {
  public:
   Output(DType dtype, std::optional<std::int64_t> size)
-      : block_(static_cast<Block*>(::operator new(
-            sizeof(Block) + static_cast<std::size_t>(size.value_or(1) * element_size(dtype)), kAlignment))) {
+      : block_(Block::make(static_cast<std::size_t>(size.value_or(1) * element_size(dtype)))) {
     const auto code = dtype == DType::boolean ? kDLBool : dtype == DType::bf16 ? kDLBfloat : kDLFloat;
     block_->shape = size.value_or(1);
     block_->stride = 1;
     block_->managed = {};
     block_->managed.version = {DLPACK_MAJOR_VERSION, DLPACK_MINOR_VERSION};
     block_->managed.manager_ctx = block_;
-    block_->managed.deleter = [](DLManagedTensorVersioned* self) { free_block(self->manager_ctx); };
+    block_->managed.deleter = [](DLManagedTensorVersioned* self) {
+      Block::free(static_cast<Block*>(self->manager_ctx));
+    };
     DLTensor& tensor = block_->managed.dl_tensor;
     tensor.data = block_ + 1;
     tensor.device = {kDLCPU, 0};
@@ -306,7 +308,7 @@ class Output {
     view_.stride[0] = 1;
   }
   ~Output() {
-    if (block_ != nullptr) free_block(block_);
+    if (block_ != nullptr) Block::free(block_);
   }
   Output(const Output&) = delete;
   Output& operator=(const Output&) = delete;
@@ -322,12 +324,22 @@ class Output {
   }
 
  private:
-  static constexpr std::align_val_t kAlignment{64};
+  // On a line of the cache, which is cheaper by hand than asked of the allocator (buffer.h).
   struct alignas(64) Block {
     DLManagedTensorVersioned managed;
     std::int64_t shape, stride;
+    void* memory;
+
+    static Block* make(std::size_t size) {
+      std::size_t space = sizeof(Block) + size + alignof(Block);
+      void* const memory = ::operator new(space);
+      void* place = memory;
+      auto* block = static_cast<Block*>(std::align(alignof(Block), sizeof(Block), place, space));
+      block->memory = memory;
+      return block;
+    }
+    static void free(Block* block) { ::operator delete(block->memory); }
   };
-  static void free_block(void* block) { ::operator delete(block, kAlignment); }
 
   Block* block_;
   TensorView view_;
