@@ -150,3 +150,34 @@ def test_a_hook_that_was_taken_away_stops_the_training(tmp_path: Path):
     callback.projection.remove()
     with pytest.raises(ValueError, match="expected a basis to project by"):
         hpa.HPACallback()
+
+
+@pytest.mark.slow
+def test_trls_sft_trainer(tmp_path: Path):
+    trl = pytest.importorskip("trl", reason="TRL is not installed")
+    from datasets import Dataset
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = Tokenizer(models.WordLevel({f"w{i}": i for i in range(tiny_models.VOCABULARY)}, unk_token="w0"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, pad_token="w1", eos_token="w2", unk_token="w0")
+    rows = [
+        {"prompt": f"w{3 + i} w{4 + i}", "completion": f" w{(7 * i) % 40 + 3} w{(5 * i) % 40 + 3}"} for i in range(32)
+    ]
+    model = lora(tiny_models.llama(layers=2))
+    for parameter in model.parameters():
+        if parameter.requires_grad and not parameter.any():
+            nn.init.normal_(parameter, std=0.02)
+    basis = gradient_basis(model, batched(samples(3)))
+    start = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    callback = hpa.HPACallback(basis)
+    settings = trl.SFTConfig(
+        output_dir=str(tmp_path), max_steps=4, per_device_train_batch_size=4, gradient_accumulation_steps=2,
+        learning_rate=1e-2, report_to=[], save_strategy="no", use_cpu=True, bf16=False, gradient_checkpointing=True,
+    )  # fmt: skip
+    data = Dataset.from_list(rows)
+    trl.SFTTrainer(model, settings, train_dataset=data, processing_class=tokenizer, callbacks=[callback]).train()
+    assert callback.projection.calls == 4
+    named = dict(model.named_parameters())
+    assert inside(basis, {name: named[name].detach() - was for name, was in start.items()}) < 1e-5

@@ -24,6 +24,9 @@ __all__ = [
     "weight_basis",
 ]
 
+TOGETHER = 16
+"""Gradients that are taken into a basis at once: each time the basis is read, and copied, as a whole."""
+
 Objective = Callable[[nn.Module, Mapping[str, Any]], Tensor]
 Side = Literal["input", "output"]
 
@@ -71,10 +74,10 @@ def gradient_basis(
             gradients = {name: _whole(gradient) for name, gradient in zip(members, found, strict=True)}
             if all(gradient is None for gradient in gradients.values()):
                 raise ValueError("objective: its gradient reaches none of the basis's parameters")
-            if energy is None:
-                basis.add(gradients)
-            else:
-                collected.append(gradients)
+            collected.append(gradients)
+            if energy is None and len(collected) == TOGETHER:
+                basis.add(collected)
+                collected = []
     finally:
         model.train(was_training)
     if collected:

@@ -9,8 +9,9 @@ parameter was stepped without the projection: by an old optimizer, or after some
 
 from __future__ import annotations
 
+import time
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import TracebackType
 from typing import Any, Literal, get_args
 
@@ -76,6 +77,7 @@ class Projection:
     Attributes:
         calls: steps that were projected.
         skipped: steps that a loss scaler skipped because gradients overflowed.
+        seconds: time spent in projecting, over all steps.
         what: ``"gradient"`` or ``"update"``.
     """
 
@@ -85,6 +87,7 @@ class Projection:
         self.what = what
         self.calls = 0
         self.skipped = 0
+        self.seconds = 0.0
         self._optimizer = weakref.ref(optimizer)
         self._ran = False
         self._why: str | None = None
@@ -103,8 +106,8 @@ class Projection:
                 self._parts.append((list(mine), basis.to(devices.pop()) if len(devices) == 1 else basis))
         _supersede(self._ids, optimizer)
         self._handles = [
-            optimizer.register_step_pre_hook(torch.compiler.disable(self._before)),
-            optimizer.register_step_post_hook(torch.compiler.disable(self._after)),
+            optimizer.register_step_pre_hook(torch.compiler.disable(self._timed(self._before))),
+            optimizer.register_step_post_hook(torch.compiler.disable(self._timed(self._after))),
         ]
         _watch(self)
 
@@ -117,6 +120,11 @@ class Projection:
     def names(self) -> list[str]:
         """The parameters that are protected."""
         return list(self._parameters)
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the basis in this process."""
+        return sum(basis.nbytes for _, basis in self._parts)
 
     def remove(self) -> None:
         """Let the optimizer step freely again.  A second call does nothing."""
@@ -156,6 +164,16 @@ class Projection:
         return f"Projection({self.what!r}, {len(self._parameters)} parameters, {self.calls} calls)"
 
     # ------------------------------------------------------------------------------------------------ the hooks
+
+    def _timed(self, hook: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*args: Any) -> Any:
+            start = time.perf_counter()
+            try:
+                return hook(*args)
+            finally:
+                self.seconds += time.perf_counter() - start
+
+        return timed
 
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self._ran = True
