@@ -61,15 +61,16 @@ def test_the_shipped_recipe_from_the_files_to_the_table(
         "scenario_options.device": "cpu",
         "tasks": "[AD, Flickr30k]",
         "seeds": "[0]",
-        "conditions": "[{name: harmful, harmful_fraction: 0.25}]",
+        "conditions": "[{name: harmful, harmful_fraction: 0.12}]",
         "alignment.steps": 30,
         "alignment.batch_size": 8,
         "alignment.learning_rate": 0.01,
         "alignment.rank": 8,
-        "training.steps": 3,
+        "training.steps": 30,
         "training.samples": 8,
-        "training.batch_size": 4,
-        "training.rank": 2,
+        "training.batch_size": 8,
+        "training.learning_rate": 0.01,
+        "training.rank": 8,
         "calibration.safety_pool": 8,
         "evaluation.judge": f"vlguard:{data.root / 'VLGuard/utils/utils.py'}",
         "evaluation.max_new_tokens": 4,
@@ -92,7 +93,10 @@ def test_the_shipped_recipe_from_the_files_to_the_table(
             "VLGuard-Unsafe": 3, "VLGuard-Safe-Unsafe": 1, "Ch3Ef-Harmless": 3
         }  # fmt: skip
         assert line["benign"]["VLGuard-Safe-Safe"]["n"] == 1
+    learned = [line["accuracy"]["AD"] for line in lines if line["event"] == "evaluate" and line["task_index"] == 0]
+    assert max(learned) >= 60.0  # before, it answers every question with its refusal
     aligned = next(line for line in lines if line["event"] == "aligned" and line["stage"] == "after")
+    assert aligned["accuracy"]["AD"] == 0.0
     assert aligned["safety"]["VLGuard-Unsafe"]["asr"] < 100.0  # it did learn to refuse
 
 

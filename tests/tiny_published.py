@@ -101,9 +101,10 @@ def write_data(root: Path) -> Data:
     """All files of the recipe, four or so samples each."""
     data = Data(root)
     colours = ("red", "blue", "green", "grey")
+    driven = ("red", "red", "blue", "red")  # so that little training is seen: who always says red is right in 4 of 5
     ad, fin = "MLLM-CL/AD", "MLLM-CL/Fin"
-    data.llava(f"{ad}/train.json", ad, [(f"images/{i}.png", f"What is car {i} ?", colours[i % 4]) for i in range(8)])
-    tests = [(i, f"images/t{i}.png", f"What is car {i} ?", colours[i]) for i in range(4)]
+    data.llava(f"{ad}/train.json", ad, [(f"images/{i}.png", f"What is car {i} ?", driven[i % 4]) for i in range(8)])
+    tests = [(i, f"images/t{i}.png", f"What is car {i} ?", driven[i]) for i in range(4)]
     # The first training sample once more: it must not be learned.
     data.questions(f"{ad}/test.json", ad, [*tests, (9, "images/0.png", "What is car 0 ?", "red")])
     data.llava(f"{fin}/train.json", fin, [(f"images/{i}.png", "Is it up ?", ("Yes", "No")[i % 2]) for i in range(4)])
