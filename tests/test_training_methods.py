@@ -260,6 +260,14 @@ def test_gpm_leaves_what_layers_say_to_remembered_inputs(base: nn.Module, protec
                 number += 1
             more = turns[:, ::-1][:, :number]
             assert np.abs(update.A.double().numpy() @ more).max(initial=0.0) < 1e-3 * float(update.A.norm()), name
+    # The next task adds to it, in the same object too.
+    ranks = {key: basis.rank for key, basis in method._bases.items()}
+    other = statistics_of(base, WORLD.train("third", seed=8, samples=6))
+    for spec in find_layers(base):
+        weight, one = base.get_submodule(spec.name).weight, other[spec.name]
+        change = LayerChange(spec.name, spec.block, spec.blocks, one.input_key, weight, updates[spec.name])
+        method.edit_layer(change, None, one, task_index=1, seed=0)
+    assert any(basis.rank > ranks[key] for key, basis in method._bases.items()) == (protect != "safety")
     free = trained(base, None)
     name = next(iter(free))
     assert np.abs(free[name].A.double().numpy() @ leading(whole(task[name].gram), 0.9)).max() > 1e-2
