@@ -53,6 +53,7 @@ struct Piece {
 
 std::vector<Piece> cut(const Slices& slices, std::int64_t longest) {
   std::vector<Piece> pieces;
+  pieces.reserve(slices.grads.size());
   for (std::size_t i = 0; i < slices.grads.size(); ++i) {
     const std::int64_t length = slices.grads[i].length();
     for (std::int64_t at = 0; at < length; at += longest) pieces.push_back({i, at, std::min(longest, length - at)});
