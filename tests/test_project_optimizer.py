@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import math
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.nn import functional as F
 
 import hpa
 from hpa.projection import Basis, ProjectionError, project_optimizer
-from hpa.projection.optimizer import _WATCH, _WATCHED
+from hpa.projection.optimizer import _WATCH, _WATCHED, _finite
 
 
 @pytest.fixture(autouse=True)
@@ -429,3 +430,18 @@ def test_nothing_is_watched_once_a_model_is_gone():
     gc.collect()
     assert not _WATCHED
     assert not _WATCH
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
+def test_what_is_finite_is_told_from_what_is_not_also_where_sums_run_over(dtype: torch.dtype) -> None:
+    most, inf, nan = torch.finfo(dtype).max, math.inf, math.nan
+    for values, finite in (
+        ([most, most], True),
+        ([], True),
+        ([0.0, -0.0], True),
+        ([inf, -inf], False),
+        ([most, most, -inf], False),
+        ([nan, 1.0], False),
+    ):
+        tensors = [torch.zeros(3, dtype=dtype), torch.tensor(values, dtype=dtype)]
+        assert _finite(tensors) is finite, values

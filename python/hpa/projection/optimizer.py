@@ -205,25 +205,31 @@ class Projection:
         if _overflowed(optimizer):
             self.skipped += 1
             return
-        parameters = {name: local_part(parameter) for name, parameter in self._alive().items()}
+        alive = self._alive()
+        parameters = {name: local_part(parameter) for name, parameter in alive.items()}
+        # A parameter without a gradient is not stepped; the projection must not move it for the others.
+        stepped = {name for name, parameter in alive.items() if parameter.grad is not None}
+        bad = ""
         with torch.no_grad():
-            changes = {}
-            for name, parameter in parameters.items():
-                wide = torch.promote_types(parameter.dtype, torch.float32)
-                changes[name] = parameter.to(wide) - copies[name].to(wide)
-            # A parameter without a gradient is not stepped; the projection must not move it for the others.
-            stepped = {name for name, parameter in self._alive().items() if parameter.grad is not None}
-            good = self._apply({name: change for name, change in changes.items() if name in stepped})
-            if not good:
+            for names, basis in self._parts:
+                mine = [name for name in names if name in stepped]
+                # One after the other, where nothing is summed over them: a change is still in the cache when it is put
+                # back, and only one of them is in memory.
+                alone = isinstance(basis, Basis) and basis.space != "joint"
+                for group in [[name] for name in mine] if alone else [mine]:
+                    changes = {name: _difference(parameters[name], copies[name]) for name in group}
+                    if not self._project(basis, changes):
+                        bad = bad or _where(changes) or f" in {group[0]}"
+                        continue  # with the others: all processes have to come to the same sums
+                    for name, change in changes.items():
+                        _put(copies[name], change, parameters[name])
+            if bad:
                 for name, parameter in parameters.items():
                     parameter.copy_(copies[name])
                 raise ProjectionError(
-                    f"the update of step {self.calls + 1} holds NaN or Inf{_where(changes)}; "
+                    f"the update of step {self.calls + 1} holds NaN or Inf{bad}; "
                     "the parameters are as they were before it"
                 )
-            for name in stepped:
-                wide = changes[name].dtype
-                parameters[name].copy_(copies[name].to(wide) + changes[name])
         self.calls += 1
 
     def _project_gradients(self, optimizer: Optimizer, *, count: bool = True) -> None:
@@ -248,14 +254,17 @@ class Projection:
         """Project in place; ``False`` where something is not finite."""
         good = True
         for names, basis in self._parts:
-            mine = {name: tensors[name] for name in names if name in tensors}
-            if isinstance(basis, ShardedBasis):
-                good &= basis.project_(mine)
-            elif not _finite(mine.values()):
-                good = False
-            else:
-                project_plain(basis, mine)
+            good &= self._project(basis, {name: tensors[name] for name in names if name in tensors})
         return good
+
+    @staticmethod
+    def _project(basis: Basis | ShardedBasis, tensors: Mapping[str, Tensor]) -> bool:
+        if isinstance(basis, ShardedBasis):
+            return basis.project_(tensors)
+        if not _finite(tensors.values()):
+            return False
+        project_plain(basis, tensors)
+        return True
 
     def _alive(self) -> dict[str, Tensor]:
         found = {name: parameter() for name, parameter in self._parameters.items()}
@@ -421,12 +430,28 @@ def _overflowed(optimizer: Optimizer) -> bool:
     return isinstance(found, Tensor) and bool(found.item() > 0)
 
 
+def _difference(after: Tensor, before: Tensor) -> Tensor:
+    wide = torch.promote_types(after.dtype, torch.float32)
+    return after.to(wide) - before.to(wide)
+
+
+def _put(before: Tensor, change: Tensor, parameter: Tensor) -> None:
+    """``parameter = before + change``, rounded once."""
+    if before.dtype == change.dtype:
+        torch.add(before, change, out=parameter)
+    else:
+        parameter.copy_(change.add_(before))
+
+
 def _finite(tensors: Iterable[Tensor]) -> bool:
+    """Whether all are.  A sum is finite only if all its terms are; one that is not may have run over."""
     some = [tensor for tensor in tensors if tensor.numel()]
     if not some:
         return True
-    # The largest magnitude: a sum of squares may overflow where every entry is fine.
-    return bool(torch.isfinite(torch.nn.utils.get_total_norm(some, norm_type=float("inf"))))
+    home = some[0].device
+    if bool(torch.isfinite(torch.stack([tensor.sum().to(home, torch.float64) for tensor in some]).sum())):
+        return True
+    return all(bool(torch.isfinite(tensor).all()) for tensor in some)
 
 
 def _where(tensors: Mapping[str, Tensor]) -> str:
