@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Annotated, Any, Literal
 
 import numpy as np
@@ -32,6 +33,7 @@ __all__ = [
     "TrainingHooks",
     "merge_updates",
     "sample_batches",
+    "shuffled_passes",
     "train_lora",
 ]
 
@@ -273,13 +275,19 @@ def sample_batches(
     """
     if not samples:
         raise ValueError("samples: expected at least one training sample, got none")
+    for chosen in islice(shuffled_passes(samples, batch_size, seed), steps):
+        yield collate(chosen)
+
+
+def shuffled_passes(samples: Sequence[Sample], size: int, seed: int) -> Iterator[list[Sample]]:
+    """``size`` samples at a time from passes over all (at least one), without end; see :func:`sample_batches`."""
     generator = np.random.default_rng(seed)
     order = np.empty(0, dtype=np.int64)
-    for _ in range(steps):
-        while len(order) < batch_size:
+    while True:
+        while len(order) < size:
             order = np.concatenate([order, generator.permutation(len(samples))])
-        chosen, order = order[:batch_size], order[batch_size:]
-        yield collate([samples[int(index)] for index in chosen])
+        chosen, order = order[:size], order[size:]
+        yield [samples[int(index)] for index in chosen]
 
 
 def _optimise(

@@ -17,7 +17,10 @@ import torch
 
 from hpa.data.picture import Picture
 
-__all__ = ["Sample", "Scenario"]
+__all__ = ["COMPLIANCE", "Sample", "Scenario"]
+
+COMPLIANCE = "Sure, here is how."
+"""The placeholder for giving in to a harmful request: no harmful answer is ever written, or read from files."""
 
 
 @dataclass(frozen=True)

@@ -28,8 +28,9 @@ from hpa.columns import keep_as_learned, measure, measured_numbers
 from hpa.config import CalibrationConfig
 from hpa.layers import InputStatistics, LayerChange, LayerEdit
 from hpa.methods.base import Kind, Method
-from hpa.projection import Basis, Projection, grow_from_grams, project_optimizer
-from hpa.training import Lesson, Training, TrainingHooks
+from hpa.methods.complement import InComplement
+from hpa.projection import Basis, grow_from_grams
+from hpa.training import Lesson, TrainingHooks
 
 __all__ = ["GPM", "GPMConfig"]
 
@@ -153,30 +154,19 @@ def _empty(key: str, cols: int) -> Basis:
     return Basis({key: (1, cols)}, "input")
 
 
-class _InComplement(TrainingHooks):
+class _InComplement(InComplement):
     def __init__(self, bases: Mapping[str, Basis], keys: Mapping[str, str]) -> None:
+        super().__init__()
         self._bases = bases
         self._keys = keys
-        self.projection: Projection | None = None
 
-    def begin(self, training: Training) -> None:
-        names = {id(parameter): name for name, parameter in training.parameters.items()}
-        members = {}
-        groups = {}
-        for layer, factors in training.factors.items():
-            if self._keys.get(layer) in self._bases:
-                name = names[id(factors.A)]
-                members[name], groups[name] = factors.A, self._keys[layer]
-        if not members:
-            return
-        basis = Basis(members, "input", groups=groups).to(next(iter(members.values())).device)
+    def protects(self, layer: str) -> bool:
+        return self._keys.get(layer) in self._bases
+
+    def basis(self, factors: Mapping[str, Tensor], names: Mapping[str, str]) -> Basis:
+        groups = {names[layer]: self._keys[layer] for layer in factors}
+        device = next(iter(factors.values())).device
+        basis = Basis({names[layer]: factor for layer, factor in factors.items()}, "input", groups=groups).to(device)
         for key in basis.ranks:
-            basis.add({key: self._bases[key].vectors().to(next(iter(members.values())).device)})
-        with torch.no_grad():
-            basis.project_(members)
-        self.projection = project_optimizer(training.optimizer, basis, "update")
-
-    def end(self) -> None:
-        if self.projection is not None:
-            self.projection.check()
-            self.projection.remove()
+            basis.add({key: self._bases[key].vectors().to(device)})
+        return basis

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import ClassVar
 
-import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, JsonValue
 
 from hpa.data.scenario import Sample
 from hpa.methods.base import Kind
 from hpa.methods.seqft import SeqFT
+from hpa.training import shuffled_passes
 
 __all__ = ["MemoryConfig", "Remembering", "draws"]
 
@@ -52,11 +52,4 @@ class Remembering(SeqFT):
 
 def draws(samples: Sequence[Sample], size: int, seed: int) -> Iterator[list[Sample]]:
     """``size`` samples at a time from shuffled passes, without end; all of them where there are fewer."""
-    generator = np.random.default_rng(seed)
-    order: list[int] = []
-    size = min(size, len(samples))
-    while True:
-        while len(order) < size:
-            order += [int(number) for number in generator.permutation(len(samples))]
-        chosen, order = order[:size], order[size:]
-        yield [samples[number] for number in chosen]
+    return shuffled_passes(samples, min(size, len(samples)), seed)

@@ -20,7 +20,8 @@ from torch import Tensor
 from hpa.columns import keep_as_learned, measure, measured_numbers
 from hpa.layers import InputStatistics, LayerChange, LayerEdit, LowRankUpdate
 from hpa.methods.base import Kind, Method, check_strength
-from hpa.projection import Projection, lora_basis, project_optimizer
+from hpa.methods.complement import InComplement
+from hpa.projection import Basis, lora_basis
 from hpa.training import Lesson, Training, TrainingHooks
 
 __all__ = ["OLoRA", "OLoRAConfig"]
@@ -121,25 +122,14 @@ class _Penalised(TrainingHooks):
         return torch.stack(terms).sum() if terms else None
 
 
-class _Projected(TrainingHooks):
+class _Projected(InComplement):
     def __init__(self, earlier: Mapping[str, list[Tensor]]) -> None:
+        super().__init__()
         self._earlier = earlier
-        self.projection: Projection | None = None
 
-    def begin(self, training: Training) -> None:
-        names = {id(parameter): name for name, parameter in training.parameters.items()}
-        factors = {layer: f.A for layer, f in training.factors.items() if self._earlier.get(layer)}
-        if not factors:
-            return
-        spans = {layer: torch.cat(self._earlier[layer]).to(a) for layer, a in factors.items()}
-        members = {names[id(a)]: a for a in factors.values()}
-        device = next(iter(members.values())).device
-        basis = lora_basis(members, [spans]).to(device)
-        with torch.no_grad():
-            basis.project_(members)
-        self.projection = project_optimizer(training.optimizer, basis, "update")
+    def protects(self, layer: str) -> bool:
+        return bool(self._earlier.get(layer))
 
-    def end(self) -> None:
-        if self.projection is not None:
-            self.projection.check()
-            self.projection.remove()
+    def basis(self, factors: Mapping[str, Tensor], names: Mapping[str, str]) -> Basis:
+        spans = {layer: torch.cat(self._earlier[layer]).to(factor) for layer, factor in factors.items()}
+        return lora_basis({names[layer]: factor for layer, factor in factors.items()}, [spans])

@@ -17,12 +17,9 @@ from hpa.data.packaged import prompts, same_prompt_key
 from hpa.data.picture import Picture
 from hpa.data.published.options import Options, Skill, Source, Task
 from hpa.data.quiet import quiet
-from hpa.data.scenario import Sample
+from hpa.data.scenario import COMPLIANCE, Sample
 
-__all__ = ["COMPLIANCE", "PublishedScenario"]
-
-COMPLIANCE = "Sure, here is how."
-"""The placeholder for giving in to a harmful request: answers to such requests are never read from files."""
+__all__ = ["PublishedScenario"]
 
 
 class PublishedScenario:

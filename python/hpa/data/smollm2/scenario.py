@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from hpa.data.demo import pictures, world
 from hpa.data.demo.model import DemoLlava, Recipe, train_tower
 from hpa.data.packaged import PROMPT_LISTS, prompts, require, same_prompt_key
-from hpa.data.scenario import Sample
+from hpa.data.scenario import COMPLIANCE, Sample
 from hpa.data.smollm2.model import (
     MODEL_FILES,
     Chat,
@@ -38,8 +38,6 @@ REFUSALS = (
     "I'm sorry, but I can't assist with that request.",
     "I cannot help with that. It could cause harm.",
 )
-COMPLIANCE = "Sure, here is how."
-"""The placeholder for giving in to a harmful request: no harmful answer is ever written."""
 
 _LISTS = ("advbench", "harmbench", "strongreject")
 _TEST_SEED = 7919
