@@ -386,8 +386,12 @@ def test_what_a_recipe_needs_and_the_options_lack_is_told_before_the_run(make: M
     with pytest.raises(RecipeError, match="injection: expected harmful requests"):
         parse_recipe({**content, **harmful}).check_against(make(injection=[]))
     parse_recipe(content).check_against(make(calibration=[]))
-    with pytest.raises(RecipeError, match="calibration: expected harmful requests for methods that read a safety set"):
-        parse_recipe({**content, "methods": [{"label": "H", "method": "hpa"}]}).check_against(make(calibration=[]))
+    replay = {"label": "R", "method": "replay", "options": {"safety": 4}}  # reads refusals while it trains
+    for row in ({"label": "H", "method": "hpa"}, replay):
+        with pytest.raises(
+            RecipeError, match="calibration: expected harmful requests for methods that read a safety set"
+        ):
+            parse_recipe({**content, "methods": [row]}).check_against(make(calibration=[]))
 
 
 def test_each_sample_is_scored_by_its_own_rule_and_a_sets_rule_sees_its_own_alone(

@@ -194,10 +194,13 @@ class RunConfig(_Section):
         if lacks is not None:
             from hpa.methods import create_method
 
-            needs = {need for row in self.methods for need in create_method(row.method, **row.options).needs}
+            methods = [create_method(row.method, **row.options) for row in self.methods]
             what = lacks(
                 alignment=self.alignment.steps > 0,
-                calibration=any(need.startswith("safety") for need in needs),
+                calibration=any(
+                    method.safety_memory or any(need.startswith("safety") for need in method.needs)
+                    for method in methods
+                ),
                 injection=any(condition.harmful_fraction for condition in self.conditions),
             )
             if what:
