@@ -148,7 +148,9 @@ def test_an_instruction_set_that_cannot_run_here_is_an_error_that_says_why() -> 
 
 
 def test_the_best_available_instruction_set_is_chosen() -> None:
-    available = backend.extension().available_isas()
+    cpuinfo = Path("/proc/cpuinfo")
+    slow = {"avx512bf16"} if cpuinfo.exists() and "GenuineIntel" in cpuinfo.read_text() else set()
+    available = [name for name in backend.extension().available_isas() if name not in slow]
     assert run_with("").stdout.strip() == available[-1]
 
 

@@ -8,9 +8,9 @@
 //              float16 values is exact in float32.  At most 256 tokens are summed in registers, two such sums in
 //              scratch, and those are scaled and added to gram: rounding grows with 258 + tokens / 512 terms, not with
 //              tokens.  The scale is applied to sums, so that bfloat16 activations are not rounded a second time.
-// bfloat16     on a CPU with AVX512_BF16 or AMX is multiplied as it is, in pairs, sums in float32: at most 512 tokens in
-//              registers, four such sums in scratch.  Those units take numbers below 2^-126 for zero (isa/amx.cpp).
-//              float16 has too many bits for them: it takes the float32 route, as everywhere else.
+// bfloat16     on a CPU with AMX, or AMD's with AVX512_BF16, is multiplied as it is, in pairs, sums in float32: at most
+//              512 tokens in registers, four such sums in scratch.  Those units take numbers below 2^-126 for zero
+//              (isa/amx.cpp).  float16 has too many bits for them: it takes the float32 route, as everywhere else.
 // Bytes moved  x once (minimum: once).  The lower half of gram is read and written once for each 512 tokens, 1024 in
 //              pairs (minimum: once a call); at 4096 columns that is 64 MB beside 4.3 billion multiply-adds.
 // Few tokens   (at most 64; 32 in pairs) add to gram straight from registers, along runs of its rows, which memory likes

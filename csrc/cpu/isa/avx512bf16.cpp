@@ -1,5 +1,5 @@
 // AVX512_BF16: products of bfloat16 activations, two a lane and instruction, where AVX-512 has one of float32.  What it
-// lacks the table takes from avx512.cpp.
+// lacks the table takes from avx512.cpp.  Not chosen by itself on Intel's CPUs, where it is slower than avx512.cpp.
 //
 // VDPBF16PS adds the two products of a pair to a float32 sum one after the other, rounding each time to nearest, ties to
 // even.  It takes numbers below 2^-126 for zero, as operands and as results: a sum over n tokens may be off by
