@@ -4,11 +4,12 @@
 //              over blocks and over the list.  g is rounded to its storage dtype once a pass.
 // Bytes moved  Few vectors, or a large basis: grads read twice and written once, basis read twice in its own dtype, both the
 //              minimum for a dot product of the whole that must be finished before it is used.  Many vectors: groups of
-//              48 read the basis twice each, from a cache, against 2 * rank multiply-adds an element.
+//              48 (96 with AVX-512) read the basis twice each, from a cache, against 2 * rank multiply-adds an element.
 // Bound        Few vectors: reading the basis.  Zen 3, one thread under load, float32: 15-17 GB/s from memory, where a
 //              plain read reached 16.4-16.7; 55 GB/s from the third-level cache (a basis of 2 MB) and 44 from the second
 //              (256 KB).  bfloat16: 31-35 and 24 GB/s.  Many vectors: multiply-adds, and memory for the grads: rank 64,
-//              4096 vectors of 4096, 2 threads: 105 GF/s (float32) and 93 (bfloat16) of some 150.
+//              4096 vectors of 4096, 2 threads: 105 GF/s (float32) and 93 (bfloat16) of some 150.  Emerald Rapids,
+//              AVX-512: 186 and 176 of some 330; in pieces of 448, each with its sums over lanes, it was 128 and 133.
 // Design       Two loops, chosen by shape.  Few vectors or a large basis: eight rows of the basis at a time meet a block
 //              of the vector that stays in a cache; 16-bit rows are widened in registers.  The second pass goes
 //              backwards and starts on what the first one left in the caches.  Many vectors: two products of matrices
@@ -35,9 +36,8 @@ constexpr std::int64_t kManyVectors = 32;       // from here on, with a basis of
 constexpr std::int64_t kLargeRank = 16;         // this rank or more, products of matrices pay
 constexpr std::int64_t kCachedBasis = 2 << 20;  // and no more bytes than a cache serves again and again
 constexpr std::int64_t kFewestTasks = 8;        // of groups
-constexpr std::int64_t kGroup = 48;             // of so many vectors at most
-constexpr std::int64_t kSpan = 448;             // most elements of a row in a cache, but fewer where
-constexpr std::int64_t kOperand = 1 << 17;      // the basis would take more bytes
+constexpr std::int64_t kGroup = 48;             // of so many vectors at most, twice as many in
+constexpr std::int64_t kLargeCache = 1 << 20;   // a second-level cache of this size
 constexpr std::int64_t kGrain = 256 * 1024;     // multiply-adds worth a thread
 
 struct Slices {
@@ -51,12 +51,15 @@ struct Piece {
   std::int64_t start, count;
 };
 
-std::vector<Piece> cut(const Slices& slices, std::int64_t longest) {
+// Pieces of at most `longest` elements, equal in each slice but for rounding up to a multiple of `round`, which divides
+// `longest`.
+std::vector<Piece> cut(const Slices& slices, std::int64_t longest, std::int64_t round) {
   std::vector<Piece> pieces;
   pieces.reserve(slices.grads.size());
   for (std::size_t i = 0; i < slices.grads.size(); ++i) {
-    const std::int64_t length = slices.grads[i].length();
-    for (std::int64_t at = 0; at < length; at += longest) pieces.push_back({i, at, std::min(longest, length - at)});
+    if (slices.grads[i].length() == 0) continue;
+    const Steps steps(slices.grads[i].length(), longest, round);
+    for (std::int64_t k = 0; k < steps.count(); ++k) pieces.push_back({i, steps.start(k), steps.size(k)});
   }
   return pieces;
 }
@@ -70,7 +73,7 @@ class Stream {
       : kernels_(isa::active().kernels<T>()),
         slices_(slices),
         block_(std::min(kBlock, longest_slice(slices))),
-        pieces_(cut(slices, block_)),
+        pieces_(cut(slices, block_, block_)),
         together_(std::min(kVectors, slices.vectors)),
         vector_groups_(ceil_div(slices.vectors, kVectors)),
         piece_groups_(std::clamp<std::int64_t>(kGroups / vector_groups_, 1, static_cast<std::int64_t>(pieces_.size()))),
@@ -212,12 +215,15 @@ class Blocked {
         slices_(slices),
         p_(kernels_.panel),
         strip_(kernels_.strip),
-        group_(ceil_div(std::clamp(ceil_div(slices.vectors, kFewestTasks), kManyVectors / 2, kGroup), strip_) * strip_),
-        span_(std::clamp(kOperand / (slices.rank * static_cast<std::int64_t>(sizeof(T))) / p_, std::int64_t{2},
-                         kSpan / p_) *
+        group_(ceil_div(std::clamp(ceil_div(slices.vectors, kFewestTasks), kManyVectors / 2,
+                                   kernels_.cache < kLargeCache ? kGroup : 2 * kGroup),
+                        strip_) *
+               strip_),
+        span_(std::clamp(kernels_.cache / 5 * 4 / (slices.rank + group_) / static_cast<std::int64_t>(sizeof(T)) / p_,
+                         std::int64_t{2}, kSum / p_) *
               p_),
         pitch_(span_ + 64 / static_cast<std::int64_t>(sizeof(T))),
-        pieces_(cut(slices, span_)),
+        pieces_(cut(slices, span_, p_)),
         tasks_(ceil_div(slices.vectors, group_)),
         threads_(useful_threads(slices.vectors * slices.rank * slices.length, kGrain, threads)),
         products_(threads_ * slices.rank * group_),

@@ -79,6 +79,8 @@ struct Kernels {
                                 T* y);
   SubtractRows subtract_rows[kFloatTypes];
 
+  std::int64_t cache;  // bytes of a second-level cache that CPUs with these instructions have at least
+
   void (*add_squares)(const T* g, std::int64_t count, T* total);
   void (*add_abs_products)(const T* g, const T* w, std::int64_t count, T* total);
 

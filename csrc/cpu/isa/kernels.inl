@@ -44,6 +44,7 @@ constexpr Kernels<T> make_kernels() {
       {choose_add_dots<F32, T>(), choose_add_dots<F64, T>(), choose_add_dots<Bf16, T>(), choose_add_dots<F16, T>()},
       {choose_subtract_rows<F32, T>(), choose_subtract_rows<F64, T>(), choose_subtract_rows<Bf16, T>(),
        choose_subtract_rows<F16, T>()},
+      HPA_VECTOR_BYTES == 64 ? 1 << 20 : 1 << 18,
       add_squares<T>,
       add_abs_products<T>,
       kPanel<T>,

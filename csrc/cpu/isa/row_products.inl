@@ -8,12 +8,15 @@
 constexpr int kTall = HPA_TILE_VECTORS;
 constexpr int kWide = HPA_TILE_ROWS;
 
-// Tiles of a block of products, whose rows and sums stay in a first-level cache of 32 KB, kSpan elements at a time.
+// Tiles of a block of products, whose sums stay in a first-level cache of 32 KB, and its rows kSpan elements at a time.
+// Where a register is a cache line, kSpan would be a few registers: there one wide tile stays, and tall rows pass it.
+constexpr bool kOneWide = HPA_VECTOR_BYTES == 64;
 constexpr int kTallTiles = 4;
-constexpr int kWideTiles = 3;
+constexpr int kWideTiles = kOneWide ? 1 : 3;
 template <class T>
-constexpr std::int64_t kSpan = 24576 / ((kTall * kTallTiles + kWide * kWideTiles) * static_cast<int>(sizeof(T))) /
-                               kPanel<T> * kPanel<T>;
+constexpr std::int64_t kSpan =
+    24576 / ((kOneWide ? kTall + kWide : kTall * kTallTiles + kWide * kWideTiles) * static_cast<int>(sizeof(T))) /
+    kPanel<T> * kPanel<T>;
 
 // Sums of a block: element [i][j] of a tile is still one sum a lane.
 template <class T>
@@ -48,8 +51,17 @@ HPA_INLINE void add_tile_products(const T* const tall[kTall], const T* const wid
   }
 }
 
-// Lanes in double, as lanes_sum, but widened as vectors.
-HPA_INLINE double wide_lanes_sum(V<double> value) { return lanes_sum<double>(value); }
+// Lanes in double, as lanes_sum, but widened as vectors and added in a tree.
+HPA_INLINE double wide_lanes_sum(V<double> value) {
+#if HPA_VECTOR_BYTES == 64
+  const auto halves =
+      __builtin_shufflevector(value, value, 0, 1, 2, 3) + __builtin_shufflevector(value, value, 4, 5, 6, 7);
+  const auto quarters = __builtin_shufflevector(halves, halves, 0, 1) + __builtin_shufflevector(halves, halves, 2, 3);
+  return quarters[0] + quarters[1];
+#else
+  return lanes_sum<double>(value);
+#endif
+}
 HPA_INLINE double wide_lanes_sum(V<float> value) {
   V<double> wide[2];
   widen_floats(value, wide);
