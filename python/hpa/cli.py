@@ -13,6 +13,7 @@ signal.  Heavy imports wait until a command needs them, so ``hpa --help`` answer
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -190,6 +191,8 @@ def info_command() -> None:
 def main() -> NoReturn:
     """The console script: user errors in one line and exit code 2, no traceback."""
     signal.signal(signal.SIGTERM, _terminate)
+    # Imports make a million objects, of which none is garbage: looking for it takes a fifth of their time.
+    gc.set_threshold(50_000, *gc.get_threshold()[1:])
     try:
         app()
     except KeyboardInterrupt:
@@ -201,6 +204,8 @@ def main() -> NoReturn:
             raise
         _err.print(f"error: {error}", markup=False, highlight=False, soft_wrap=True)
         sys.exit(2)
+    finally:
+        gc.freeze()  # nor at exit, which looks through all of them once more
     sys.exit(0)
 
 
