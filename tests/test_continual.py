@@ -23,6 +23,9 @@ import hpa.continual
 from hpa.adapt import edit_model
 from hpa.calibration import find_layers
 from hpa.continual import Session, derive_seed, run
+from hpa.data.picture import Picture
+from hpa.data.scenario import Sample
+from hpa.data.unchanged import digest_of
 from hpa.evaluation import get_judge, get_scorer
 from hpa.methods import create_method
 from hpa.recipe import RecipeError, RunConfig, parse_recipe
@@ -589,3 +592,59 @@ def test_steps_left_shrink_with_what_is_done(whole: Path, tmp_path: Path, cache:
     steps: Callable[[Path], int] = lambda folder: len(plan(recipe(), folder, cache).steps_left())  # noqa: E731
     assert steps(tmp_path / "none") == 2 + 3 * 3 * 3
     assert steps(whole) == 0
+
+
+# ------------------------------------------------------------------------------------------------- samples that change
+
+
+def test_a_run_does_not_go_on_with_other_samples(
+    whole: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = copied(whole, tmp_path / "run")
+    more = [*recipe().model_dump()["methods"], {"label": "Later", "method": "magnitude"}]
+    asked = TinyScenario.test
+
+    def changed(self: TinyScenario, task: str) -> list[Sample]:
+        samples = asked(self, task)
+        return samples[:-1] if task == "second" else samples
+
+    monkeypatch.setattr(TinyScenario, "test", changed)
+    result = run(recipe(methods=more), folder, cache=cache)
+    assert [failure.where for failure in result.failures] == ["clean/later/seed0"]
+    assert "test of second: not the samples that this run began with" in result.failures[0].error
+    monkeypatch.undo()
+    assert not run(recipe(methods=more), folder, cache=cache).failures  # and with the old ones it does
+
+
+SAMPLE = Sample("one", "what?", "that", np.arange(12, dtype=np.uint8).reshape(2, 2, 3), {"label": "that"})
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        replace(SAMPLE, id="two"),
+        replace(SAMPLE, prompt="what ?"),
+        replace(SAMPLE, answer=""),
+        replace(SAMPLE, metadata={"label": "this"}),
+        replace(SAMPLE, image=None),
+        replace(SAMPLE, image=np.zeros((2, 2, 3), np.uint8)),
+        replace(SAMPLE, image=np.arange(12, dtype=np.uint8).reshape(4, 1, 3)),
+        replace(SAMPLE, image=Picture(b"bytes", "here")),
+    ],
+)
+def test_a_sample_is_another_one_where_anything_of_it_is(other: Sample) -> None:
+    assert digest_of([SAMPLE]) == digest_of([replace(SAMPLE)])
+    assert digest_of([SAMPLE]) != digest_of([other])
+    assert digest_of([SAMPLE, other]) != digest_of([other, SAMPLE])
+
+
+def test_a_picture_in_a_file_is_known_by_its_name_and_size(tmp_path: Path) -> None:
+    path = tmp_path / "a" / "picture.png"
+    path.parent.mkdir()
+    path.write_bytes(b"four")
+    here = digest_of([replace(SAMPLE, image=Picture(path, "x"))])
+    (moved := tmp_path / "b" / "picture.png").parent.mkdir()
+    moved.write_bytes(b"more")
+    assert digest_of([replace(SAMPLE, image=Picture(moved, "y"))]) == here
+    moved.write_bytes(b"longer")
+    assert digest_of([replace(SAMPLE, image=Picture(moved, "y"))]) != here

@@ -15,6 +15,7 @@ The run folder::
     events.jsonl                every step, one JSON object a line: the only source of tables and plots
     samples/                    a few test pictures
     shared/base/                fingerprint of the base model, and its figures
+    shared/samples/             fingerprints of the sets that were read
     shared/seed0/               aligned model, its refusals (the safety calibration set), first trainings, journal
     branches/<condition>/<row>/seed0/   journal, answers.jsonl, and the state of the last step while it runs
 """
@@ -45,6 +46,7 @@ from hpa.adapt import edit_model
 from hpa.calibration import LayerSpec, find_layers
 from hpa.config import CalibrationConfig
 from hpa.data.scenario import Sample, Scenario
+from hpa.data.unchanged import unchanged
 from hpa.evaluation import Answer, Evaluation, Evaluator, get_judge, get_scorer
 from hpa.evaluation.judge import missing_list
 from hpa.layers import LowRankUpdate
@@ -282,7 +284,9 @@ class Session:
         self.cache = cache
         missing = missing_list(config.evaluation.judge)
         try:
-            self.scenario: Scenario = open_scenario(config.scenario, config.scenario_options)
+            self.scenario: Scenario = unchanged(
+                open_scenario(config.scenario, config.scenario_options), folder / "shared" / "samples"
+            )
         except RecipeError as error:
             raise error if missing is None else RecipeError(f"{error}\n  {missing} (evaluation.judge)") from None
         if missing is not None:

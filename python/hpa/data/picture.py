@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import hashlib
 import io
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -68,6 +69,13 @@ class Picture:
         if isinstance(self.source, Path) and not self.source.is_file():
             raise DataError(f"{self.where}: no picture at {self.source}")
         return self
+
+    def fingerprint(self) -> bytes:
+        """Of a file its name and its size (-1: not there); else a digest of the bytes."""
+        if isinstance(self.source, bytes):
+            return hashlib.sha256(self.source).digest()
+        size = self.source.stat().st_size if self.source.is_file() else -1
+        return f"{self.source.name} {size}".encode()
 
     def open(self) -> Image.Image:
         """The picture in RGB.
