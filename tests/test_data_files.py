@@ -149,7 +149,7 @@ def test_wrong_samples_are_named(tmp_path: Path, content: Any, message: str) -> 
 
 
 def test_wrong_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no such file; expected .json, .jsonl or .parquet"):
+    with pytest.raises(DataError, match=r"no such file; expected .json, .jsonl, .parquet or .token"):
         read_conversations(tmp_path / "none.json")
     (tmp_path / "a.jsonl").write_text('{"prompt": "a", "response": "b"}\n{"prompt"\n')
     with pytest.raises(DataError, match="line 2 is not JSON"):
@@ -280,6 +280,22 @@ def test_textvqa_keeps_what_ten_people_said(tmp_path: Path) -> None:
     assert one.pictures[0].source == tmp_path / "003a8ae2ef43b901.jpg"
     (test,) = records(path, {"data": [{key: value for key, value in row.items() if key != "answers"}]})
     assert len(test.turns) == 1  # the test split has no answers
+
+
+def test_flickr30ks_own_captions(tmp_path: Path) -> None:
+    path = tmp_path / "results_20130124.token"
+    path.write_text(
+        "1000092795.jpg#0\tTwo young guys look at their hands .\n1000092795.jpg#1\tTwo men\tin a yard .\n\n"
+        "odd#name.jpg#0\tA door .\n"
+    )
+    first, second = read_records([path], form="flickr30k")
+    assert (first.id, first.answers) == ("1000092795", ("Two young guys look at their hands .", "Two men\tin a yard ."))
+    assert first.pictures[0].source == tmp_path / "1000092795.jpg"
+    assert (second.id, second.answers, second.turns[-1].text) == ("odd#name", ("A door .",), "A door .")
+    for bad in ("1.jpg#0 A door .", "1.jpg\tA door .", "1.jpg#x\tA door .", "1.jpg#0\t "):
+        path.write_text(f"1.jpg#0\tA dog .\n{bad}\n")
+        with pytest.raises(DataError, match=r"token: line 2: expected FILE#NUMBER, a tab and a caption, got '1.jpg"):
+            read_records([path])
 
 
 def test_flickr30k_has_every_caption(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@
 | ``ch3ef`` | ``query`` and ``options`` | query, and the first option; ``image`` is a list |
 | ``scienceqa`` | ``choices`` and a number as ``answer`` | lettered choices, the right letter; parts train, val, test |
 | ``textvqa`` | ``image_id`` and ``question`` | question, and ten people's answers |
-| ``flickr30k`` | ``sentences`` and ``filename`` | asks for a description; five captions; parts train, val, test |
+| ``flickr30k`` | ``sentences`` and ``filename``, or a ``.token`` file | asks for a description; five captions; parts |
 | ``spa-vl`` | ``question`` and ``image`` | question, and the preferred answer; without one in the evaluation files |
 | ``questions`` | ``question_id`` and ``text`` | test files of CoIN, SMoLoRA, MLLM-CL; ``answer`` is text or a list |
 | ``plain`` | ``prompt``/``instruction``/``question``/``text`` | prompt and ``response``/``output``/``answer`` |
@@ -102,7 +102,7 @@ def read_conversations(
     """The samples of a file.
 
     Args:
-        path: ``.json``, ``.jsonl`` or ``.parquet``.
+        path: ``.json``, ``.jsonl``, ``.parquet``, or ``.token`` (Flickr30k's own).
         limit: how many samples; drawn at random with ``seed``, or the first ones where it is ``None``.
         seed: of the draw, which depends on nothing else but the number of records.
         image_root: folder that picture paths start from; by default the file's own.
@@ -207,14 +207,14 @@ def _drawn(path: Path, limit: int | None, seed: int | None) -> list[tuple[int, A
 
 def _records(path: Path) -> Iterator[Any]:
     if not path.is_file():
-        raise DataError(f"{path}: no such file; expected .json, .jsonl or .parquet")
+        raise DataError(f"{path}: no such file; expected .json, .jsonl, .parquet or .token")
     if path.suffix == ".parquet":
         yield from _parquet(path)
         return
     try:
         text = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError:
-        raise DataError(f"{path}: not UTF-8 text; expected .json, .jsonl or .parquet") from None
+        raise DataError(f"{path}: not UTF-8 text; expected .json, .jsonl, .parquet or .token") from None
     if path.suffix == ".jsonl":
         for number, line in enumerate(text.splitlines(), start=1):
             if line.strip():
@@ -222,6 +222,9 @@ def _records(path: Path) -> Iterator[Any]:
                     yield json.loads(line)
                 except ValueError as error:
                     raise DataError(f"{path}: line {number} is not JSON ({error})") from None
+        return
+    if path.suffix == ".token":
+        yield from _token_file(path, text)
         return
     try:
         content = json.loads(text)
@@ -236,6 +239,21 @@ def _records(path: Path) -> Iterator[Any]:
     if not isinstance(content, list):
         raise DataError(f"{path}: expected a list of samples, got {type(content).__name__}")
     yield from content
+
+
+def _token_file(path: Path, text: str) -> Iterator[Any]:
+    """Flickr30k's own captions, ``1000092795.jpg#0 <tab> caption``; those of a picture follow one another."""
+    captions: dict[str, list[str]] = {}
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        name, tab, caption = line.partition("\t")
+        filename, mark, which = name.rpartition("#")
+        if not tab or not mark or not filename or not which.isdigit() or not caption.strip():
+            raise DataError(f"{path}: line {number}: expected FILE#NUMBER, a tab and a caption, got {line[:60]!r}")
+        captions.setdefault(filename, []).append(caption)
+    for filename, held in captions.items():
+        yield {"filename": filename, "sentences": held, "imgid": Path(filename).stem}
 
 
 def _parquet(path: Path) -> Iterator[Any]:
