@@ -51,23 +51,6 @@ HPA_INLINE void add_tile_products(const T* const tall[kTall], const T* const wid
   }
 }
 
-// Lanes in double, as lanes_sum, but widened as vectors and added in a tree.
-HPA_INLINE double wide_lanes_sum(V<double> value) {
-#if HPA_VECTOR_BYTES == 64
-  const auto halves =
-      __builtin_shufflevector(value, value, 0, 1, 2, 3) + __builtin_shufflevector(value, value, 4, 5, 6, 7);
-  const auto quarters = __builtin_shufflevector(halves, halves, 0, 1) + __builtin_shufflevector(halves, halves, 2, 3);
-  return quarters[0] + quarters[1];
-#else
-  return lanes_sum<double>(value);
-#endif
-}
-HPA_INLINE double wide_lanes_sum(V<float> value) {
-  V<double> wide[2];
-  widen_floats(value, wide);
-  return lanes_sum<double>(wide[0] + wide[1]);
-}
-
 // products[i][j] += <row i of a, row j of b>; where `lower`, for j <= i alone.
 template <class T, bool lower>
 HPA_INLINE void add_products(std::int64_t a_count, const T* a, std::int64_t b_count, const T* b, std::int64_t pitch,
@@ -97,7 +80,7 @@ HPA_INLINE void add_products(std::int64_t a_count, const T* a, std::int64_t b_co
             for (int c = 0; c < kWide; ++c) {
               const std::int64_t i = top + s * kTall + r, j = left + t * kWide + c;
               if (i < a_count && j < b_count && !(lower && j > i)) {
-                products[i * b_count + j] += wide_lanes_sum(tiles[s][t][r][c]);
+                products[i * b_count + j] += lanes_sum(tiles[s][t][r][c]);
               }
             }
           }

@@ -122,7 +122,7 @@ HPA_INLINE void add_dots_of(const typename Format::Bits* const* rows, const T* x
     for (std::int64_t j = i; j < count; ++j) {
       tail += static_cast<double>(Format::widen(rows[r][j])) * static_cast<double>(x[j]);
     }
-    sums[r] += lanes_sum<T>(total) + tail;
+    sums[r] += lanes_sum(total) + tail;
   }
 }
 

@@ -17,10 +17,25 @@ constexpr std::uint32_t kMarks[16] = {0x00000000, 0x00000001, 0x00000100, 0x0000
 
 // Writes four doubles, of which the first are the members; returns their number.  As many are read before, so that no
 // array needs room beyond its end.
-HPA_INLINE std::int64_t write_members(double* to, __m256d values, int members) {
+[[maybe_unused]] HPA_INLINE std::int64_t write_members(double* to, __m256d values, int members) {
   const __m256i order = _mm256_load_si256(reinterpret_cast<const __m256i*>(kMembers[members]));
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_permutevar8x32_epi32(_mm256_castpd_si256(values), order));
   return __builtin_popcount(static_cast<unsigned>(members));
+}
+#endif
+
+#if HPA_VECTOR_BYTES == 64 && defined(__AVX512F__)
+// Likewise eight, by a bit each.
+HPA_INLINE std::int64_t write_members(double* to, V<double> values, __mmask8 members) {
+  write(to, static_cast<V<double>>(_mm512_maskz_compress_pd(members, values)));
+  return __builtin_popcount(members);
+}
+
+// A bit for each of eight bytes that are 0 or 1.
+HPA_INLINE __mmask8 read_marks(const std::uint8_t* marks) {
+  std::int64_t eight;
+  __builtin_memcpy(&eight, marks, sizeof eight);
+  return static_cast<__mmask8>(_mm_test_epi8_mask(_mm_cvtsi64_si128(eight), _mm_set1_epi8(1)));
 }
 #endif
 
@@ -28,7 +43,16 @@ HPA_INLINE std::int64_t write_members(double* to, __m256d values, int members) {
 HPA_INLINE std::int64_t keep_between(const double* from, std::int64_t count, double low, double high, double* kept,
                                      std::int64_t* above) {
   std::int64_t i = 0, left = 0, larger = 0;
-#ifdef __AVX2__
+#if HPA_VECTOR_BYTES == 64 && defined(__AVX512F__)
+  const V<double> lows = spread(low), highs = spread(high);
+  for (; i + 8 <= count; i += 8) {
+    const V<double> values = read(from + i);
+    const __mmask8 over = _mm512_cmp_pd_mask(values, highs, _CMP_GT_OQ);
+    const __mmask8 in = _mm512_cmp_pd_mask(values, lows, _CMP_GE_OQ);
+    larger += __builtin_popcount(over);
+    left += write_members(kept + left, values, static_cast<__mmask8>(in & ~over));
+  }
+#elif defined(__AVX2__)
   const __m256d lows = _mm256_set1_pd(low), highs = _mm256_set1_pd(high);
   __m256i over_each = _mm256_setzero_si256();
   for (; i + 4 <= count; i += 4) {
@@ -53,7 +77,9 @@ HPA_INLINE std::int64_t keep_between(const double* from, std::int64_t count, dou
 // The numbers at the places that are marked by 1, in their order; returns how many.
 std::int64_t keep_marked(const double* from, const std::uint8_t* marked, std::int64_t count, double* kept) {
   std::int64_t i = 0, left = 0;
-#ifdef __AVX2__
+#if HPA_VECTOR_BYTES == 64 && defined(__AVX512F__)
+  for (; i + 8 <= count; i += 8) left += write_members(kept + left, read(from + i), read_marks(marked + i));
+#elif defined(__AVX2__)
   for (; i + 4 <= count; i += 4) {
     std::int32_t four;
     __builtin_memcpy(&four, marked + i, sizeof four);
@@ -72,26 +98,40 @@ std::int64_t keep_marked(const double* from, const std::uint8_t* marked, std::in
 
 constexpr std::int64_t kFew = 32;  // numbers whose ranks are found by comparing each with all
 
+template <class T>
+struct SignedAs;
+template <>
+struct SignedAs<float> {
+  using type = std::int32_t;
+};
+template <>
+struct SignedAs<double> {
+  using type = std::int64_t;
+};
+template <class T>
+using SignedOf = typename SignedAs<T>::type;
+
 // Of kFew numbers the ones of two ranks, 0 the largest: the least number of which no more than `rank` others are larger.
-HPA_INLINE void select_two_of_few(const double* few, const std::int64_t ranks[2], double found[2]) {
-  constexpr std::int64_t w = Vector<double>::width, kBlock = 4;
-  typedef std::int64_t Counts __attribute__((vector_size(HPA_VECTOR_BYTES)));
-  const V<double> infinite = spread(__builtin_inf());
-  V<double> least[2] = {infinite, infinite};
+template <class T>
+HPA_INLINE void select_two_of_few(const T* few, const std::int64_t ranks[2], T found[2]) {
+  constexpr std::int64_t w = Vector<T>::width, kBlock = kFew / w < 4 ? kFew / w : 4;
+  typedef SignedOf<T> Counts __attribute__((vector_size(HPA_VECTOR_BYTES)));
+  const V<T> infinite = spread(static_cast<T>(__builtin_inf()));
+  V<T> least[2] = {infinite, infinite};
   for (std::int64_t block = 0; block < kFew; block += kBlock * w) {
-    V<double> numbers[kBlock];
+    V<T> numbers[kBlock];
     Counts larger[kBlock] = {};
 #pragma GCC unroll 4
     for (std::int64_t v = 0; v < kBlock; ++v) numbers[v] = read(few + block + v * w);
     for (std::int64_t i = 0; i < kFew; ++i) {
-      const V<double> other = spread(few[i]);
+      const V<T> other = spread(few[i]);
 #pragma GCC unroll 4
       for (std::int64_t v = 0; v < kBlock; ++v) larger[v] -= other > numbers[v];
     }
     for (int which = 0; which < 2; ++which) {
 #pragma GCC unroll 4
       for (std::int64_t v = 0; v < kBlock; ++v) {
-        const Counts better = (larger[v] <= ranks[which]) & (numbers[v] < least[which]);
+        const Counts better = (larger[v] <= static_cast<SignedOf<T>>(ranks[which])) & (numbers[v] < least[which]);
         least[which] = better ? numbers[v] : least[which];
       }
     }
@@ -102,6 +142,21 @@ HPA_INLINE void select_two_of_few(const double* few, const std::int64_t ranks[2]
       found[which] = least[which][lane] < found[which] ? least[which][lane] : found[which];
     }
   }
+}
+
+// The same of every (size / kFew)-th number.  In float, of which a register has twice as many: any numbers do as bounds.
+HPA_INLINE void select_two_of_sample(const double* values, std::int64_t size, const std::int64_t ranks[2],
+                                     double found[2]) {
+  float few[kFew], bounds[2];
+  for (std::int64_t i = 0; i < kFew; ++i) few[i] = static_cast<float>(values[i * size / kFew]);
+  select_two_of_few(few, ranks, bounds);
+  found[0] = static_cast<double>(bounds[0]);
+  found[1] = static_cast<double>(bounds[1]);
+  if (found[0] > found[1]) return;
+  // Many equal numbers, which are between bounds only if these are exact; or numbers beyond float.
+  double exact[kFew];
+  for (std::int64_t i = 0; i < kFew; ++i) exact[i] = values[i * size / kFew];
+  select_two_of_few(exact, ranks, found);
 }
 
 // Numbers in the order of doubles.
@@ -127,9 +182,8 @@ double nth_largest(const double* values, std::int64_t size, std::int64_t count, 
       bounds[0] = high;
       bounds[1] = at_place((a >> 1) + (b >> 1) + (a & b & 1) + (((a ^ b) & 1)));
     } else {
-      for (std::int64_t i = 0; i < kFew; ++i) few[i] = values[i * size / kFew];
       const std::int64_t rank = count * kFew / size, ranks[2] = {rank - kMargin, rank + kMargin};
-      select_two_of_few(few, ranks, bounds);
+      select_two_of_sample(values, size, ranks, bounds);
       if (ranks[0] < 0) bounds[0] = high;
       if (ranks[1] >= kFew) bounds[1] = low;
     }
@@ -182,28 +236,58 @@ std::int64_t count_marks(const std::uint8_t* marks, std::int64_t count) {
 // chosen[i] = scores[i] >= least, and marked where `marked` is not null; returns how many.
 std::int64_t mark_from(const double* scores, const std::uint8_t* marked, double least, std::int64_t count,
                        std::uint8_t* chosen) {
-  std::int64_t i = 0;
-#ifdef __AVX2__
+  std::int64_t i = 0, total = 0;
+#if HPA_VECTOR_BYTES == 64 && defined(__AVX512F__)
+  const V<double> leasts = spread(least);
+  for (; i + 8 <= count; i += 8) {
+    __mmask8 eight = _mm512_cmp_pd_mask(read(scores + i), leasts, _CMP_GE_OQ);
+    if (marked != nullptr) eight &= read_marks(marked + i);
+    const std::int64_t bytes = _mm_cvtsi128_si64(_mm_maskz_set1_epi8(eight, 1));
+    __builtin_memcpy(chosen + i, &bytes, sizeof bytes);
+    total += __builtin_popcount(eight);
+  }
+#elif defined(__AVX2__)
   const __m256d leasts = _mm256_set1_pd(least);
   for (; i + 4 <= count; i += 4) {
     std::uint32_t four = 0x01010101;
     if (marked != nullptr) __builtin_memcpy(&four, marked + i, sizeof four);
     four &= kMarks[_mm256_movemask_pd(_mm256_cmp_pd(_mm256_loadu_pd(scores + i), leasts, _CMP_GE_OQ))];
     __builtin_memcpy(chosen + i, &four, sizeof four);
+    total += __builtin_popcount(four);
   }
 #endif
   for (; i < count; ++i) {
     chosen[i] = static_cast<std::uint8_t>(scores[i] >= least) & (marked == nullptr ? std::uint8_t{1} : marked[i]);
+    total += chosen[i];
   }
-  return count_marks(chosen, count);
+  return total;
 }
 
 // Whether all are finite and not negative.
 bool are_scores(const double* scores, std::int64_t count) {
-  constexpr double kMost = 0x1.fffffffffffffp1023;
-  std::int64_t bad = 0;  // of the scores' size, and no branch: vectors
-  for (std::int64_t i = 0; i < count; ++i) bad |= static_cast<std::int64_t>(!(scores[i] >= 0 && scores[i] <= kMost));
-  return bad == 0;
+  constexpr std::int64_t w = Vector<double>::width, kChains = 4;
+  // Zero times a finite number is zero, else NaN, and stays so in a sum.
+  V<double> finite[kChains] = {}, least[kChains] = {};
+  std::int64_t i = 0;
+  for (; i + kChains * w <= count; i += kChains * w) {
+#pragma GCC unroll 4
+    for (std::int64_t c = 0; c < kChains; ++c) {
+      const V<double> values = read(scores + i + c * w);
+      finite[c] += values * 0.0;
+      least[c] = values < least[c] ? values : least[c];
+    }
+  }
+  double zero = 0, smallest = 0;
+  for (; i < count; ++i) {
+    zero += scores[i] * 0.0;
+    smallest = scores[i] < smallest ? scores[i] : smallest;
+  }
+  const V<double> sum = (finite[0] + finite[1]) + (finite[2] + finite[3]);
+  for (std::int64_t lane = 0; lane < w; ++lane) {
+    zero += sum[lane];
+    for (std::int64_t c = 0; c < kChains; ++c) smallest = least[c][lane] < smallest ? least[c][lane] : smallest;
+  }
+  return zero == 0 && smallest >= 0;
 }
 
 // ---- Products, carried in two doubles ----

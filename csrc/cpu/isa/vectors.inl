@@ -157,11 +157,25 @@ template <class T>
 HPA_INLINE V<T> spread(T value) {
   return value - V<T>{};
 }
-template <class T>
-HPA_INLINE double lanes_sum(V<T> value) {
-  double sum = 0;
-  for (std::int64_t i = 0; i < Vector<T>::width; ++i) sum += static_cast<double>(value[i]);
-  return sum;
+// Lanes in double, added in a tree.
+HPA_INLINE double lanes_sum(V<double> value) {
+#if HPA_VECTOR_BYTES == 64
+  const auto halves =
+      __builtin_shufflevector(value, value, 0, 1, 2, 3) + __builtin_shufflevector(value, value, 4, 5, 6, 7);
+#else
+  const auto halves = value;
+#endif
+#if HPA_VECTOR_BYTES >= 32
+  const auto quarters = __builtin_shufflevector(halves, halves, 0, 1) + __builtin_shufflevector(halves, halves, 2, 3);
+#else
+  const auto quarters = halves;
+#endif
+  return quarters[0] + quarters[1];
+}
+HPA_INLINE double lanes_sum(V<float> value) {
+  V<double> wide[2];
+  widen_floats(value, wide);
+  return lanes_sum(wide[0] + wide[1]);
 }
 
 template <class T>
@@ -178,7 +192,7 @@ double dot(const T* a, const T* b, std::int64_t count) {
   for (; i + w <= count; i += w) sum0 += read(a + i) * read(b + i);
   double tail = 0;
   for (; i < count; ++i) tail += static_cast<double>(a[i]) * static_cast<double>(b[i]);
-  return lanes_sum<T>((sum0 + sum1) + (sum2 + sum3)) + tail;
+  return lanes_sum((sum0 + sum1) + (sum2 + sum3)) + tail;
 }
 
 template <class T>
@@ -197,7 +211,7 @@ void dot4(const T* const a[4], const T* b, std::int64_t count, double out[4]) {
   for (int r = 0; r < 4; ++r) {
     double tail = 0;
     for (std::int64_t j = i; j < count; ++j) tail += static_cast<double>(a[r][j]) * static_cast<double>(b[j]);
-    out[r] = lanes_sum<T>(sum[r][0] + sum[r][1]) + tail;
+    out[r] = lanes_sum(sum[r][0] + sum[r][1]) + tail;
   }
 }
 
