@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -280,12 +281,20 @@ def test_the_former_optimizer_is_caught_after_another_took_over():
         former.check()
 
 
-def test_a_removed_hook_is_caught():
+@pytest.mark.parametrize(
+    ("what", "hooks"),
+    [
+        ("gradient", "_optimizer_step_pre_hooks"),
+        ("update", "_optimizer_step_pre_hooks"),
+        ("update", "_optimizer_step_post_hooks"),
+    ],
+)
+def test_a_removed_hook_is_caught(what: Literal["gradient", "update"], hooks: str):
     model = Net()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    projection = project_optimizer(optimizer, a_basis(model))
+    projection = project_optimizer(optimizer, a_basis(model), what)
     step(model, optimizer)
-    optimizer._optimizer_step_pre_hooks.clear()
+    getattr(optimizer, hooks).clear()
     with pytest.raises(ProjectionError, match="hook was removed"):
         step(model, optimizer)
     with pytest.raises(ProjectionError, match="hook was removed"):
@@ -419,6 +428,13 @@ def test_what_cannot_be_hooked_is_refused_with_what_to_do():
     sparse(torch.tensor([1])).sum().backward()
     with pytest.raises(TypeError, match="weight: expected a dense gradient"):
         optimizer.step()
+
+
+@pytest.mark.parametrize("basis", [3, [], ["joint"], None])
+def test_what_is_no_basis_is_told(basis: object):
+    optimizer = torch.optim.SGD(Net().parameters(), lr=0.1)
+    with pytest.raises(TypeError, match=r"basis: expected a Basis or several, got \w+"):
+        project_optimizer(optimizer, basis)  # type: ignore[arg-type]
 
 
 def test_nothing_is_watched_once_a_model_is_gone():

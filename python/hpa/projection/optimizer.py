@@ -65,7 +65,8 @@ def project_optimizer(
     if what not in get_args(What):
         raise ValueError(f"what: expected one of {', '.join(get_args(What))}, got {what!r}")
     inner = _unwrap(optimizer)
-    bases = [basis] if isinstance(basis, Basis) else list(basis)
+    given: Any = basis
+    bases = [given] if isinstance(given, Basis) else list(given) if isinstance(given, Sequence) else []
     if not bases or not all(isinstance(one, Basis) for one in bases):
         raise TypeError(f"basis: expected a Basis or several, got {type(basis).__name__}")
     return Projection(inner, bases, what, parameters)
@@ -142,7 +143,8 @@ class Projection:
         optimizer = self.optimizer
         if optimizer is None:
             raise ProjectionError("the projected optimizer is gone; project the one that took its place")
-        if self._handles[0].id not in optimizer._optimizer_step_pre_hooks:
+        before, after = self._handles
+        if before.id not in optimizer._optimizer_step_pre_hooks or after.id not in optimizer._optimizer_step_post_hooks:
             raise ProjectionError("the projection's hook was removed from the optimizer")
         done = self.calls + self.skipped
         if steps is not None and done != steps:
@@ -176,7 +178,7 @@ class Projection:
         return timed
 
     def _before(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        self._ran = True
+        self._ran = self.what == "gradient"  # an update is projected after the step
         # The optimizer itself comes first in args.
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if self.what == "update":
@@ -201,6 +203,7 @@ class Projection:
         del args, kwargs
         if self.what != "update" or self._copies is None:
             return
+        self._ran = True
         copies, self._copies = self._copies, None
         if _overflowed(optimizer):
             self.skipped += 1
