@@ -379,6 +379,8 @@ def test_a_step_off_the_input_space_leaves_the_outputs_of_old_samples_as_they_ar
     assert basis.ranks[basis.members[q].key] == len(known) + added
     with pytest.raises(ValueError, match="energy: expected a share"):
         input_basis(model, statistics, energy=1.0)
+    with pytest.raises(TypeError, match=r"statistics: expected a mapping of layer names .* got list"):
+        input_basis(model, [{"input_ids": torch.zeros(1, 1)}])  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r'want=\("gram",\)'):
         input_basis(model, {layer: InputStatistics()}, energy=0.9)
 

@@ -121,13 +121,21 @@ def input_basis(
             LoRA ``A`` factors.  For these the factors must lie in the complement from the start
             (``basis.project_({name: factor})`` on fresh ones): B is free, so whatever of A is in the span leaks.
         statistics: layer name to its input's statistics with a Gram matrix, as
-            ``hpa.calibrate(model, batches, want=("gram",))`` yields them, all blocks together.
+            ``hpa.calibrate(model, batches, want=("gram",))`` yields them beside each block's number; all blocks
+            together.
         energy: share of the squared length, in (0, 1); GPM's 0.97.
         basis: grows; by default a new one.
 
     Raises:
+        TypeError: batches, or what else is no mapping of statistics.
         CapacityError: the inputs fill the whole space to that share (a smaller ``energy`` leaves room to learn).
     """
+    given: Any = statistics
+    if not isinstance(given, Mapping):
+        raise TypeError(
+            "statistics: expected a mapping of layer names to statistics, of which hpa.calibrate(model, batches, "
+            f"want=('gram',)) yields one for each block, after its number, got {type(given).__name__}"
+        )
     if not 0.0 < energy < 1.0:
         raise ValueError(f"energy: expected a share in (0, 1), got {energy}")
     named = named_parameters(parameters)
