@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -30,6 +31,7 @@ from hpa.checkpoint.distributed import ProcessGroup
 from hpa.checkpoint.files import Folder, encode_header, read_tensor, read_tensor_file
 from hpa.checkpoint.stream import HashedFile, Room, hash_file, read_ahead
 from hpa.methods import create_method
+from hpa.storage import write_files
 
 Change = Callable[[Path], Any]
 
@@ -640,3 +642,27 @@ def test_plan_of_a_llava_sized_pair_takes_no_weights(tmp_path: Path) -> None:
     assert time.monotonic() - began < 5
     assert len(plan.layers) == 64
     assert plan.largest == 2 * 2 * 4096 * 11008
+
+
+def test_several_files_get_their_names_together_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    old, new = tmp_path / "old.txt", tmp_path / "below" / "new.txt"
+    old.write_text("before")
+    synced = os.fsync
+    calls: list[int] = []
+
+    def full(handle: int) -> None:
+        calls.append(handle)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "no space left on device")
+        synced(handle)
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="no space"):
+        write_files({old: "after", new: b"bytes"})
+    monkeypatch.undo()
+    assert old.read_text() == "before"
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [old]
+    write_files({old: "after", new: b"bytes"})
+    assert (old.read_text(), new.read_bytes()) == ("after", b"bytes")
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["below", "new.txt", "old.txt"]
+    write_files({})

@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 
 __all__ = ["adapt_command", "calibrate_command", "compare_command", "inspect_command", "sweep_command"]
 
-_out = Console()
-_err = Console(stderr=True)
+_out = Console(emoji=False)
+_err = Console(stderr=True, emoji=False)
 
 Before = Annotated[
     Path, typer.Argument(metavar="BEFORE", help="Folder of the model before fine-tuning.", show_default=False)

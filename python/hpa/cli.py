@@ -51,8 +51,8 @@ app.command("calibrate")(calibrate_command)
 app.command("inspect")(inspect_command)
 app.command("compare")(compare_command)
 app.command("sweep")(sweep_command)
-_out = Console()
-_err = Console(stderr=True)
+_out = Console(emoji=False)
+_err = Console(stderr=True, emoji=False)
 
 
 @app.command("run")

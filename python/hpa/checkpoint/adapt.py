@@ -36,7 +36,7 @@ from hpa.checkpoint.statistics import Statistics
 from hpa.checkpoint.stream import Room, hash_file
 from hpa.layers import LowRankUpdate
 from hpa.methods import Method
-from hpa.storage import write_file
+from hpa.storage import write_file, write_files
 
 __all__ = [
     "MANIFEST",
@@ -52,6 +52,7 @@ __all__ = [
 
 MANIFEST = "hpa-manifest.json"
 MEMORY = "hpa-memory.safetensors"
+SMALL = 16 << 20  # bytes of a file that may wait in memory for the others
 TOKENIZER_FILES = ("tokenizer", "special_tokens", "added_tokens", "chat_template", "vocab", "merges")
 
 
@@ -584,17 +585,21 @@ def _write_rest(job: Job, prepared: Prepared, stage: Path, identity: dict[str, A
         _verify(stage / shard.name, results[shard.name])
     hashes = {name: result.sha256 for name, result in results.items()}
     skipped_files: dict[str, str] = {}
+    small: dict[str, bytes] = {}
     for relative, source, reason in _side_files(job, prepared):
         if reason is not None:
             skipped_files[relative.as_posix()] = reason
             continue
         data = source.read_bytes()
-        write_file(stage / relative, data)
-        hashes[relative.as_posix()] = sha256(data).hexdigest()
+        if len(data) > SMALL and relative.as_posix() != "README.md":
+            write_file(stage / relative, data)
+            hashes[relative.as_posix()] = sha256(data).hexdigest()
+        else:
+            small[relative.as_posix()] = data
     if (prepared.before if job.save_as == "full" and prepared.adapter else prepared.after).path.joinpath(
         INDEX_FILE
     ).is_file() and job.save_as == "full":
-        hashes[INDEX_FILE] = _write(stage / INDEX_FILE, json.dumps(_index(plan.shards), indent=2) + "\n")
+        small[INDEX_FILE] = (json.dumps(_index(plan.shards), indent=2) + "\n").encode()
     if prepared.memory is not None:
         hashes[MEMORY] = write_memory(stage / MEMORY, job.method, prepared.memory, prepared.statistics["task"])
     edits = [edit for shard in plan.shards for edit in results[shard.name].edits]
@@ -614,9 +619,11 @@ def _write_rest(job: Job, prepared: Prepared, stage: Path, identity: dict[str, A
         ],
         "files_not_copied": skipped_files,
     }
-    hashes["hpa.json"] = _write(stage / "hpa.json", json.dumps(summary, indent=1) + "\n")
-    hashes["README.md"] = _write(stage / "README.md", write_card(stage / "README.md", summary))
-    hashes["report.html"] = _write(stage / "report.html", write_report(summary))
+    small["hpa.json"] = (json.dumps(summary, indent=1) + "\n").encode()
+    small["README.md"] = write_card(small.get("README.md", b""), summary).encode()
+    small["report.html"] = write_report(summary).encode()
+    write_files({stage / name: data for name, data in small.items()})
+    hashes |= {name: sha256(data).hexdigest() for name, data in small.items()}
     files = {
         name: {"bytes": (stage / name).stat().st_size, "sha256": digest} for name, digest in sorted(hashes.items())
     }
@@ -657,11 +664,6 @@ def _index(shards: list[Shard]) -> dict[str, Any]:
     weight_map = {entry.name: shard.name for shard in shards for entry in shard.entries}
     total = sum(entry.source.size for shard in shards for entry in shard.entries)
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-
-
-def _write(path: Path, text: str) -> str:
-    write_file(path, text)
-    return sha256(text.encode()).hexdigest()
 
 
 def _is_empty(folder: Path) -> bool:

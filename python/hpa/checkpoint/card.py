@@ -31,9 +31,9 @@ _COLUMNS: tuple[tuple[str, str, str], ...] = (
 )
 
 
-def write_card(existing: Path, summary: Mapping[str, Any]) -> str:
-    """The model card's text: what is there, with a section on this edit at its end."""
-    text = existing.read_text(encoding="utf-8") if existing.is_file() else ""
+def write_card(existing: bytes, summary: Mapping[str, Any]) -> str:
+    """The model card's text: the one of the tuned model, or none, with a section on this edit at its end."""
+    text = existing.decode("utf-8")
     if _BEGIN in text and _END in text:
         text = text[: text.index(_BEGIN)] + text[text.index(_END) + len(_END) :]
     if not text.strip():
