@@ -13,7 +13,7 @@ import pytest
 import tiny_models
 import torch
 from checkpoint_pairs import Pair, all_tensors, hpa, trained
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from method_oracle import hessian
 from safetensors.torch import load_file, save_file
@@ -165,6 +165,8 @@ def test_columns_to_the_right_answer_a_settled_one_as_least_squares_would():
     rank=st.sampled_from([None, 2]),
 )
 def test_model_tailor_is_the_authors_rule(seed, rows, cols, sparsity, block, weight, sign, rank):
+    # Two numbers standardised are plus and minus the same one, whatever they were: all rows tie, but for rounding.
+    assume(cols % block != 2)
     given_ = case(seed, rows, cols, rank=rank)
     method = create_method("model_tailor", sparsity=sparsity, block_cols=block, salience=weight, comp_sign=sign)
     edit = given_.run(method)
