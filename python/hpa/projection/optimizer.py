@@ -93,6 +93,8 @@ class Projection:
         self._ran = False
         self._why: str | None = None
         self._copies: dict[str, Tensor] | None = None
+        self._kept: dict[str, Tensor] = {}
+        self._rooms: dict[torch.dtype, Tensor] = {}
         found = _match(optimizer, bases, parameters)
         self._parameters = {name: weakref.ref(parameter) for name, parameter in found.items()}
         self._ids = {id(parameter) for parameter in found.values()}
@@ -131,6 +133,8 @@ class Projection:
         """Let the optimizer step freely again.  A second call does nothing."""
         for handle in self._handles:
             handle.remove()
+        self._kept.clear()
+        self._rooms.clear()
         _unwatch(self)
 
     def check(self, steps: int | None = None) -> None:
@@ -182,7 +186,7 @@ class Projection:
         # The optimizer itself comes first in args.
         closure = kwargs.get("closure", args[1] if len(args) > 1 else None)
         if self.what == "update":
-            self._copies = {name: local_part(parameter).clone() for name, parameter in self._alive().items()}
+            self._copies = {name: self._copy(name, local_part(parameter)) for name, parameter in self._alive().items()}
         elif closure is None:
             self._project_gradients(optimizer)
         else:
@@ -198,6 +202,25 @@ class Projection:
                 return args, {**kwargs, "closure": projected}
             return (args[0], projected, *args[2:]), kwargs
         return None
+
+    def _copy(self, name: str, part: Tensor) -> Tensor:
+        """A copy; on the CPU in the memory of the step before, for a fresh page costs more than to fill it."""
+        if part.device.type != "cpu":
+            return part.clone()
+        kept = self._kept.get(name)
+        if kept is None or (kept.shape, kept.stride(), kept.dtype) != (part.shape, part.stride(), part.dtype):
+            kept = self._kept[name] = part.clone()
+            return kept
+        return kept.copy_(part)
+
+    def _room(self, like: Tensor) -> Tensor | None:
+        """Memory for one change, likewise used again."""
+        if like.device.type != "cpu" or like.dtype not in (torch.float32, torch.float64):
+            return None
+        held = self._rooms.get(like.dtype)
+        if held is None or held.numel() < like.numel():
+            held = self._rooms[like.dtype] = torch.empty(like.numel(), dtype=like.dtype)
+        return held[: like.numel()].view(like.shape)
 
     def _after(self, optimizer: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         del args, kwargs
@@ -220,7 +243,10 @@ class Projection:
                 # back, and only one of them is in memory.
                 alone = isinstance(basis, Basis) and basis.space != "joint"
                 for group in [[name] for name in mine] if alone else [mine]:
-                    changes = {name: _difference(parameters[name], copies[name]) for name in group}
+                    changes = {
+                        name: _difference(parameters[name], copies[name], self._room(copies[name]) if alone else None)
+                        for name in group
+                    }
                     if not self._project(basis, changes):
                         bad = bad or _where(changes) or f" in {group[0]}"
                         continue  # with the others: all processes have to come to the same sums
@@ -433,7 +459,9 @@ def _overflowed(optimizer: Optimizer) -> bool:
     return isinstance(found, Tensor) and bool(found.item() > 0)
 
 
-def _difference(after: Tensor, before: Tensor) -> Tensor:
+def _difference(after: Tensor, before: Tensor, room: Tensor | None) -> Tensor:
+    if room is not None:
+        return torch.sub(after, before, out=room)
     wide = torch.promote_types(after.dtype, torch.float32)
     return after.to(wide) - before.to(wide)
 
