@@ -17,7 +17,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hpa.adapt import AdaptResult, adapt, adapt_layer, edit_model
+    from hpa.adapt import AdaptResult, adapt, adapt_layer, edit_model, remember
     from hpa.calibration import LayerSpec, calibrate, find_layers
     from hpa.config import AdaptConfig
     from hpa.layers import InputStatistics, LayerChange, LayerEdit, LowRankUpdate
@@ -45,6 +45,7 @@ _HOME = {
     "edit_model": "hpa.adapt",
     "find_layers": "hpa.calibration",
     "project_optimizer": "hpa.projection",
+    "remember": "hpa.adapt",
 }
 
 __all__ = [
@@ -67,6 +68,7 @@ __all__ = [
     "edit_model",
     "find_layers",
     "project_optimizer",
+    "remember",
 ]
 
 

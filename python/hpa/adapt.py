@@ -7,6 +7,8 @@ Three doors to one engine:
 * :func:`edit_model` edits a model that holds the weights before a task, given the task's updates: what a loop over
   tasks calls.
 
+:func:`remember` fills a method's memory with what no task is about.
+
 Calibration always sees unedited weights: the safety set runs through the model before the task and the task set through
 the model after it (D10), side by side, and a block's new weights are written once both have passed it.
 """
@@ -32,7 +34,7 @@ from hpa.methods import METHODS, Method
 from hpa.methods.hpa import adapt_layer
 from hpa.safety_set import build_safety_set
 
-__all__ = ["AdaptResult", "adapt", "adapt_layer", "build_safety_set", "edit_model"]
+__all__ = ["AdaptResult", "adapt", "adapt_layer", "build_safety_set", "edit_model", "remember"]
 
 Batches = Iterable[Mapping[str, Any]]
 Aligned = Mapping[str, Tensor] | nn.Module
@@ -152,6 +154,37 @@ def edit_model(
     models = _UpdatedModel(model, layers, updates)
     others = _References(method, layers, aligned, unaligned)
     return _edit_blocks(models, method, safety_batches, task_batches, calibration, task_index, seed, others)
+
+
+def remember(
+    model: nn.Module,
+    batches: Batches,
+    method: Method,
+    *,
+    weight: float | None = None,
+    config: CalibrationConfig | None = None,
+) -> None:
+    """Show ``method`` what ``model`` can do, before a task is learned or between two, so that no edit disturbs it.
+
+    What the safety set does for refusals and its memory for past tasks, this does for everything else: any prompts with
+    the answers that the model itself gives are of use, and a skill whose samples are among them is kept best.
+
+    Args:
+        model: as it stands, adapters and all; it is not changed.
+        batches: dictionaries of model arguments, see :func:`hpa.calibration.calibrate`.
+        method: one with a memory of inputs, such as ``hpa_ls``.
+        weight: how much these inputs count, in past tasks; by default as the method's options say.
+        config: calibration options, where the method's own options do not say otherwise.
+
+    Raises:
+        ValueError: a method without such a memory, no batches, or activations that are not finite.
+    """
+    calibration = _calibration_options(method, config)
+    stream = CalibrationStream(model, batches, want=("gram",), config=calibration, label="batches")
+    seen: dict[str, InputStatistics] = {}
+    for number in stream.numbers:
+        seen |= {entry.input_key: entry for entry in stream.block(number).values()}
+    method.remember_inputs(seen, weight=weight)
 
 
 class _Models(ABC):

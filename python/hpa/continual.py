@@ -42,11 +42,11 @@ import torch
 import yaml
 from torch import Tensor, nn
 
-from hpa.adapt import edit_model
+from hpa.adapt import edit_model, remember
 from hpa.calibration import LayerSpec, find_layers
 from hpa.config import CalibrationConfig
 from hpa.data.scenario import Sample, Scenario
-from hpa.data.unchanged import unchanged
+from hpa.data.unchanged import digest_of, unchanged
 from hpa.evaluation import Answer, Evaluation, Evaluator, get_judge, get_scorer
 from hpa.evaluation.judge import missing_list
 from hpa.layers import LowRankUpdate
@@ -440,6 +440,8 @@ class Session:
         self._load(self.aligned(seed))
         for count in sorted(self._safety_counts(seed)):
             self._ensure_safety_set(seed, count, listener)
+        for count in sorted(self._keep_counts(seed)):
+            self._ensure_kept_set(seed, count, listener)
         if not any(event.get("stage") == "after" for event in journal.events):
             listener.progress(where, "evaluation", 0, 0)
             evaluation = self.evaluator.evaluate(self.model, self.tasks)
@@ -485,6 +487,9 @@ class Session:
                 continue
             if not journal.find("edit", index):
                 method.load_state_dict(self._enter(branch, index))
+                if not index and method.keep_samples:
+                    listener.progress(branch.id, "what the aligned model can do", 0, 0)
+                    remember(self.model, self._in_batches(self._kept_samples(branch.seed, method.keep_samples)), method)
                 if method.starts_from == "aligned":
                     self._load(self.aligned(branch.seed))
                 updates = self._updates(branch, index, method, journal, listener)
@@ -743,16 +748,9 @@ class Session:
             return
         listener.progress(f"aligned:seed{seed}", "safety calibration set", 0, 0)
         self._load(self.aligned(seed))
-        settings = self.config.evaluation
-
-        def generate(model: nn.Module, samples: Sequence[Sample]) -> list[str]:
-            return self.scenario.generate(
-                model, samples, max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size
-            )
-
         pool, judge = self._harmful_pool(seed), self.evaluator.judge
         try:
-            refused = build_safety_set(self.model, pool, generate, judge.is_refusal, limit=count)
+            refused = build_safety_set(self.model, pool, self._generate, judge.is_refusal, limit=count)
         except ValueError as error:
             raise RecipeError(
                 f"alignment did not take with seed {seed} ({error}); raise alignment.steps or alignment.learning_rate, "
@@ -770,6 +768,64 @@ class Session:
 
     def _safety_path(self, seed: int, count: int) -> Path:
         return self.seed_folder(seed) / f"refusals-{count}.jsonl"
+
+    def _generate(self, model: nn.Module, samples: Sequence[Sample]) -> list[str]:
+        settings = self.config.evaluation
+        return self.scenario.generate(
+            model, samples, max_new_tokens=settings.max_new_tokens, batch_size=settings.batch_size
+        )
+
+    # ---------------------------------------------------------------------------------------------- what is kept
+
+    def _keep_counts(self, seed: int) -> set[int]:
+        """How many of its own answers the methods of a seed's branches want to keep."""
+        wanted = {_method_of(branch).keep_samples for branch in self.branches if branch.seed == seed}
+        return wanted - {0}
+
+    def _ensure_kept_set(self, seed: int, count: int, listener: Listener) -> None:
+        """Ask the aligned model harmless questions, and keep what it says."""
+        path = self._kept_path(seed, count)
+        if path.exists():
+            return
+        listener.progress(f"aligned:seed{seed}", "answers to keep", 0, 0)
+        self._load(self.aligned(seed))
+        chosen = self._harmless_pool(seed)[:count]
+        if len(chosen) < count:
+            raise RecipeError(
+                f"keep_samples: expected at most the {len(chosen)} harmless prompts that alignment has, got {count}"
+            )
+        said = self._generate(self.model, chosen)
+        lines = [
+            {"id": sample.id, "sha256": _digest_of_prompt(sample), "answer": answer}
+            for sample, answer in zip(chosen, said, strict=True)
+        ]
+        write_file(path, "".join(map(dump_line, lines)))
+
+    def _kept_samples(self, seed: int, count: int) -> list[Sample]:
+        pool = {_digest_of_prompt(sample): sample for sample in self._harmless_pool(seed)}
+        kept = []
+        for line in read_lines(self._kept_path(seed, count)):
+            if line["sha256"] not in pool:
+                raise RunFolderError(
+                    f"{self._kept_path(seed, count)}: alignment has no prompt {line['id']!r} as it was when this run "
+                    "began; put the files back as they were, or choose another --out"
+                )
+            kept.append(replace(pool[line["sha256"]], answer=line["answer"]))
+        return kept
+
+    def _harmless_pool(self, seed: int) -> list[Sample]:
+        """What alignment answers, each prompt once (with each picture), in random order."""
+        samples = self.scenario.alignment_train(seed=derive_seed(seed, "alignment", "data"))
+        judge, found = self.evaluator.judge, dict[str, Sample]()
+        for sample in samples:
+            if not judge.is_refusal(sample.answer):
+                found.setdefault(_digest_of_prompt(sample), sample)
+        once = list(found.values())
+        order = np.random.default_rng(derive_seed(seed, "answers to keep")).permutation(len(once))
+        return [once[int(index)] for index in order]
+
+    def _kept_path(self, seed: int, count: int) -> Path:
+        return self.seed_folder(seed) / f"kept-{count}.jsonl"
 
     # ---------------------------------------------------------------------------------------------- files
 
@@ -805,7 +861,9 @@ class Session:
         folder = self.seed_folder(seed)
         judged = any(event.get("stage") == "after" for event in read_lines(folder / "events.jsonl"))
         made = (folder / "aligned.safetensors").exists()
-        return judged and made and all(self._safety_path(seed, count).exists() for count in self._safety_counts(seed))
+        sets = [self._safety_path(seed, count) for count in self._safety_counts(seed)]
+        sets += [self._kept_path(seed, count) for count in self._keep_counts(seed)]
+        return judged and made and all(path.exists() for path in sets)
 
     def _shared_left(self, branch: Branch) -> list[tuple[Path, int]]:
         """The trainings from the aligned model that a branch still needs, with their tasks."""
@@ -997,6 +1055,10 @@ def _calibration_of(method: Method) -> CalibrationConfig:
 
 def _reads(method: Method, what: str) -> bool:
     return any(kind.startswith(what) for kind in method.needs)
+
+
+def _digest_of_prompt(sample: Sample) -> str:
+    return digest_of([replace(sample, id="", answer="", metadata={})])
 
 
 def _save_updates(path: Path, updates: Mapping[str, LowRankUpdate], numbers: Mapping[str, Any]) -> None:

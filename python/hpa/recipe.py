@@ -196,7 +196,7 @@ class RunConfig(_Section):
 
             methods = [create_method(row.method, **row.options) for row in self.methods]
             what = lacks(
-                alignment=self.alignment.steps > 0,
+                alignment=self.alignment.steps > 0 or any(method.keep_samples for method in methods),
                 calibration=any(
                     method.safety_memory or any(need.startswith("safety") for need in method.needs)
                     for method in methods

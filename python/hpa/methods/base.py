@@ -113,6 +113,12 @@ class Method(ABC):
         """Harmful requests, with the aligned model's refusals, that it may read while a task is trained."""
         return 0
 
+    @property
+    def keep_samples(self) -> int:
+        """Prompts of any kind, with the aligned model's own answers, whose inputs it wants to be shown before the first
+        task, by :meth:`remember_inputs`."""
+        return 0
+
     def hooks(self, lesson: Lesson) -> TrainingHooks | None:
         """What it does inside the training of a task; the model holds the weights before it.  ``None``: nothing.
 
@@ -174,6 +180,19 @@ class Method(ABC):
         """Statistics of the task's samples under the edited weights, block by block, by ``input_key``; called when
         ``needs`` has ``edited_gram``."""
         return
+
+    def remember_inputs(self, statistics: Mapping[str, InputStatistics], *, weight: float | None = None) -> None:
+        """Take inputs that no edit is to disturb into the memory, as if a task had been learned on them.
+
+        Args:
+            statistics: Gram matrices by ``input_key``.
+            weight: how much they count, in tasks; by default as the method's options say.
+
+        Raises:
+            ValueError: a method without such a memory, statistics without Gram matrices, or a weight that is not
+                positive.
+        """
+        raise ValueError(f"method: '{self.name}' has no memory of inputs")
 
     def finish_task(self) -> None:
         """All layers of a task are edited."""

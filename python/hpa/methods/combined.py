@@ -67,6 +67,10 @@ class Combined(Method):
     def safety_memory(self) -> int:
         return max(method.safety_memory for method in self._own.values())
 
+    @property
+    def keep_samples(self) -> int:
+        return max(method.keep_samples for method in self._own.values())
+
     def frozen_blocks(self, blocks: int) -> frozenset[int]:
         return frozenset().union(*(method.frozen_blocks(blocks) for method in self._own.values()))
 
@@ -108,6 +112,11 @@ class Combined(Method):
         for method in self._own.values():
             if "edited_gram" in method.needs:
                 method.observe_edited(statistics)
+
+    def remember_inputs(self, statistics: Mapping[str, InputStatistics], *, weight: float | None = None) -> None:
+        for method in self._own.values():
+            if method.keep_samples:
+                method.remember_inputs(statistics, weight=weight)
 
     def after_task(self, lesson: Lesson) -> None:
         for method in self._own.values():

@@ -65,6 +65,13 @@ class LeastSquaresConfig(CalibrationConfig):
         description="trained: remember the task's inputs as the tuned model sees them (no extra cost); edited: as the "
         "edited model sees them (one more forward pass over the task's samples)",
     )
+    keep_samples: int = Field(
+        default=0,
+        ge=0,
+        description="prompts of any kind, with the aligned model's own answers, that are in the memory before the "
+        "first task: for what it can do and no task is about; for hpa adapt make such a memory with hpa remember",
+    )
+    keep_weight: float = Field(default=1.0, gt=0.0, description="how much these count, in past tasks")
     ridge: float = Field(
         default=1e-4,
         gt=0.0,
@@ -93,6 +100,10 @@ class HPALeastSquares(Method):
         self._tasks: dict[str, int] = {}  # input_key -> tasks in it
         self._pending: dict[str, Tensor | Triangle] = {}  # this task's Gram matrices: packed, or on disk
         self._filter: _Filter | None = None
+
+    @property
+    def keep_samples(self) -> int:
+        return self.config.keep_samples if self.config.memory > 0 else 0
 
     def at_strength(self, strength: float) -> HPALeastSquares:
         """The weight ``mu`` of the new task over ``strength``."""
@@ -143,6 +154,26 @@ class HPALeastSquares(Method):
         for key, seen in statistics.items():
             if not seen.zero and (seen.gram is not None or seen.triangle is not None):
                 self._remember(key, seen)
+
+    def remember_inputs(self, statistics: Mapping[str, InputStatistics], *, weight: float | None = None) -> None:
+        """``m`` counts for these inputs as it does for a task's, times ``weight`` (``keep_weight``)."""
+        weight = self.config.keep_weight if weight is None else weight
+        if not (weight > 0 and math.isfinite(weight)):
+            raise ValueError(f"weight: expected a positive number, got {weight}")
+        if not self.config.memory:
+            raise ValueError("memory: expected more than 0 to remember anything, got 0")
+        if self._pending:
+            raise ValueError("remember_inputs: expected between two tasks, got in the middle of one")
+        for key, seen in statistics.items():
+            if seen.gram is None and seen.triangle is None:
+                raise ValueError(f"statistics: input {key} has no Gram matrix")
+        for key, seen in statistics.items():
+            if not seen.zero:
+                self._remember(key, seen)
+                pending = self._pending[key]
+                if weight != 1.0:
+                    self._pending[key] = (pending.packed() if isinstance(pending, Triangle) else pending) * weight
+        self.finish_task()
 
     def finish_task(self) -> None:
         """Fold the task's Gram matrices into the memory."""
