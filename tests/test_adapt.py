@@ -12,8 +12,8 @@ import tiny_models as tiny
 import torch
 
 import hpa
-from hpa.adapt import adapt, edit_model
-from hpa.calibration import CalibrationWarning, find_layers
+from hpa.adapt import adapt, edit_model, remember
+from hpa.calibration import CalibrationWarning, calibrate, find_layers
 from hpa.config import AdaptConfig
 from hpa.layers import LowRankUpdate
 from hpa.methods import create_method
@@ -345,6 +345,65 @@ def test_the_memory_holds_the_tasks_inputs_under_the_model_it_names(source, worl
         np.testing.assert_allclose(
             state[f"memory.{key}"].numpy(), gram[np.tril_indices(len(gram))], rtol=2e-7, atol=2e-7 * np.abs(gram).max()
         )
+
+
+@pytest.mark.parametrize("weight", [None, 2.5])
+def test_what_a_model_is_shown_to_keep_is_remembered_as_a_task_and_changes_nothing_else(weight):
+    make, _, task = LLAVA
+    model = make().double()
+    before = copy.deepcopy(model).state_dict()
+    method = create_method("hpa_ls", keep_weight=0.5, **F64)
+    remember(model, task, method, weight=weight)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    names = [spec.name for spec in find_layers(model)]
+    x = tiny.inputs_by_forward(model, task, names, [batch["attention_mask"] for batch in task])
+    once = method.state_dict()
+    keys = [key.removeprefix("memory.") for key in once if key.startswith("memory.")]
+    assert keys
+    for key in keys:
+        gram = oracle.hessian(x[key], len(x[key])) * (0.5 if weight is None else weight)
+        triangle = gram[np.tril_indices(len(gram))]
+        np.testing.assert_allclose(once[f"memory.{key}"].numpy(), triangle, rtol=2e-7, atol=2e-7 * np.abs(gram).max())
+        assert int(once[f"tasks.{key}"]) == 1
+    remember(model, task, method, weight=weight)
+    for key in keys:
+        torch.testing.assert_close(method.state_dict()[f"memory.{key}"], 2 * once[f"memory.{key}"])
+
+
+def test_an_edit_leaves_answers_alone_that_were_to_be_kept():
+    """With inputs in the memory that the update would change, the edited layers answer them more as before."""
+    make, safety, task = LLAMA
+    before = make().double()
+    other = [{"input_ids": (batch["input_ids"] + 3) % 50, "attention_mask": batch["attention_mask"]} for batch in task]
+    changes = []
+    for weight in (None, 1.0, 30.0, 1e4):
+        method = create_method("hpa_ls", **F64)
+        if weight is not None:
+            remember(before, other, method, weight=weight)
+        edited = copy.deepcopy(before)
+        edit_model(edited, updates_for(before), method, safety, task)
+        with torch.no_grad():
+            changes.append(sum(float((edited(**b).logits - before(**b).logits).square().sum()) for b in other))
+    assert changes == sorted(changes, reverse=True)
+    assert changes[3] < 0.1 * changes[0]
+
+
+def test_a_method_without_a_memory_cannot_be_shown_anything():
+    make, _, task = LLAMA
+    model = make()
+    with pytest.raises(ValueError, match="method: 'hpa' has no memory of inputs"):
+        remember(model, task, create_method("hpa"))
+    with pytest.raises(ValueError, match="memory: expected more than 0"):
+        remember(model, task, create_method("hpa_ls", memory=0.0))
+    for weight in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="weight: expected a positive number"):
+            remember(model, task, create_method("hpa_ls"), weight=weight)
+    with pytest.raises(ValueError, match="batches: expected at least one batch"):
+        remember(model, [], create_method("hpa_ls"))
+    method = create_method("hpa_ls")
+    _, entries = next(calibrate(model, task, want=("diagonal",)))
+    with pytest.raises(ValueError, match=r"statistics: input .* has no Gram matrix"):
+        method.remember_inputs({seen.input_key: seen for seen in entries.values()})
 
 
 def test_least_squares_over_a_model_is_the_formula_with_the_model_states_of_hpa():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -375,6 +376,65 @@ def test_memory_goes_from_edit_to_edit(tmp_path: Path) -> None:
         if key.startswith("memory."):
             name = key.replace("memory.model.", "memory.")
             torch.testing.assert_close(held[name], value, rtol=0, atol=0)
+
+
+def test_what_is_kept_is_in_the_memory_from_the_first_edit_on(tmp_path: Path) -> None:
+    """``--keep`` as samples and as a statistics file: what a method that was shown them does in memory."""
+    pair = Pair(tmp_path, tiny_models.llama)
+    keep = tmp_path / "keep.jsonl"
+    asked = [{"prompt": f"what is a {word}", "response": f"a {word} is a thing"} for word in ("house", "tree", "song")]
+    keep.write_text("".join(json.dumps(line) + "\n" for line in asked))
+    first = job(pair, tmp_path / "one", "hpa_ls", options={"keep_weight": 3.0})
+    calibrations = first.calibrations | {"keep": CalibrationJob(pair.before, keep, "keep", Path())}
+    adapt_checkpoint(replace(first, calibrations=calibrations))
+    statistics = calibrate_checkpoint(
+        CalibrationJob(pair.before, keep, "keep", tmp_path / "keep.safetensors", want=frozenset({"gram"}))
+    )
+    assert statistics is not None
+    second = replace(first, out=tmp_path / "two", statistics={"keep": statistics.path})
+    adapt_checkpoint(second)
+
+    method = create_method("hpa_ls", keep_weight=3.0)
+    encoder = Encoder(pair.before)
+    sets = [list(encoder.batches(read_conversations(path).conversations)) for path in (pair.safety, pair.task, keep)]
+    before, after = (AutoModelForCausalLM.from_pretrained(folder) for folder in (pair.before, pair.after))
+    library.remember(before, sets[2], method)
+    library.adapt(before, after, safety=sets[0], task=sets[1], method=method)
+    expected, without = after.state_dict(), in_memory(pair, "hpa_ls")
+    for place in ("one", "two"):
+        made = all_tensors(tmp_path / place)
+        for name, tensor in made.items():
+            assert torch.equal(tensor, expected[name]), name
+        assert any(not torch.equal(tensor, without[name]) for name, tensor in made.items())
+        held = load_file(tmp_path / place / "hpa-memory.safetensors")
+        for key, value in method.state_dict().items():
+            assert torch.equal(held[key.replace(".model.", ".")], value), key
+        assert json.loads((tmp_path / place / "hpa.json").read_text())["statistics"]["keep"]["samples"] == 3
+
+
+def test_a_kept_set_that_is_of_no_use_is_told(tmp_path: Path) -> None:
+    pair = Pair(tmp_path, tiny_models.llama)
+    kept = CalibrationJob(pair.before, pair.task, "keep", Path())
+    for method, options in (("hpa", {}), ("hpa_ls", {"memory": 0.0})):
+        with pytest.raises(CheckpointError, match=f"keep: method '{method}' as set keeps no memory of past tasks"):
+            plan_job(with_keep(job(pair, tmp_path / "out", method, options=options), kept))
+    wanted = job(pair, tmp_path / "out", "hpa_ls", options={"keep_samples": 7})
+    with pytest.raises(CheckpointError, match="keep: method 'hpa_ls' is to keep 7 samples; pass --keep"):
+        plan_job(wanted)
+    plan_job(with_keep(wanted, kept))
+    calibrate_checkpoint(replace(kept, out=tmp_path / "diagonals.safetensors"))
+    with pytest.raises(CheckpointError, match=r"holds no Gram matrices.*--gram"):
+        plan_job(replace(wanted, statistics={"keep": tmp_path / "diagonals.safetensors"}))
+    of_the_task = CalibrationJob(
+        pair.before, pair.task, "task", tmp_path / "task.safetensors", want=frozenset({"gram"})
+    )
+    calibrate_checkpoint(of_the_task)
+    with pytest.raises(CheckpointError, match="is of the task set, expected the keep set"):
+        plan_job(replace(wanted, statistics={"keep": of_the_task.out}))
+
+
+def with_keep(given: Job, kept: CalibrationJob) -> Job:
+    return replace(given, calibrations=given.calibrations | {"keep": kept})
 
 
 def test_compact_grams_hold_what_they_say(tmp_path: Path) -> None:

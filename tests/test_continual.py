@@ -20,7 +20,7 @@ import yaml
 from tiny_scenario import TinyScenario
 
 import hpa.continual
-from hpa.adapt import edit_model
+from hpa.adapt import edit_model, remember
 from hpa.calibration import find_layers
 from hpa.continual import Session, derive_seed, run
 from hpa.data.picture import Picture
@@ -592,6 +592,72 @@ def test_steps_left_shrink_with_what_is_done(whole: Path, tmp_path: Path, cache:
     steps: Callable[[Path], int] = lambda folder: len(plan(recipe(), folder, cache).steps_left())  # noqa: E731
     assert steps(tmp_path / "none") == 2 + 3 * 3 * 3
     assert steps(whole) == 0
+
+
+# ------------------------------------------------------------------------------------------------- what is kept
+
+
+def test_the_aligned_models_own_answers_are_in_the_memory_before_the_first_task(cache: Path, tmp_path: Path) -> None:
+    """A row that is added later asks the aligned model, and edits as a method that was shown its answers."""
+    plain = [{"label": "HPA-LS", "method": "hpa_ls"}]
+    kept = {"label": "Kept", "method": "hpa_ls", "options": {"keep_samples": 12, "keep_weight": 4.0}}
+    folder = tmp_path / "run"
+    run(recipe(methods=plain, tasks=["first", "second"]), folder, cache=cache)
+    assert not (folder / "shared/seed0/kept-12.jsonl").exists()
+    aligned = hashlib.sha256((folder / "shared/seed0/aligned.safetensors").read_bytes()).hexdigest()
+    settings = recipe(methods=[*plain, kept], tasks=["first", "second"])
+    result = run(settings, folder, cache=cache)
+    assert not result.failures
+    assert result.finished == ["clean/hpa-ls/seed0", "clean/kept/seed0"]
+    assert hashlib.sha256((folder / "shared/seed0/aligned.safetensors").read_bytes()).hexdigest() == aligned
+
+    lines = read_lines(folder / "shared/seed0/kept-12.jsonl")
+    samples = TinyScenario().alignment_train(seed=derive_seed(0, "alignment", "data"))
+    pool = {digest_of([replace(sample, id="", answer="", metadata={})]): sample for sample in samples}
+    asked = [pool[line["sha256"]] for line in lines]
+    assert len({sample.prompt for sample in asked}) == 12
+    assert not any("sorry" in sample.answer for sample in asked)
+    session = plan(settings, folder, cache)
+    session._load(session.aligned(0))
+    assert [line["answer"] for line in lines] == session.scenario.generate(session.model, asked, max_new_tokens=24)
+
+    method = create_method("hpa_ls", **kept["options"])  # type: ignore[arg-type]
+    samples = [replace(sample, answer=line["answer"]) for sample, line in zip(asked, lines, strict=True)]
+    remember(session.model, session._in_batches(samples), method)
+    shared = next((folder / "shared/seed0").glob("first-*.safetensors"))
+    updates, _ = hpa.continual._load_updates(shared)
+    branch = next(branch for branch in session.branches if branch.row.label == "Kept")
+    batches = session._safety_batches(branch, method), session._task_batches(branch, "first", method)
+    reports = edit_model(session.model, updates, method, *batches, seed=derive_seed(0, "first", "edit"))
+    told = events(folder, "edit", branch=branch.id, task="first")[0]["layers"]
+    assert json.loads(dump_line({"layers": reports}))["layers"] == told
+    assert {layer["memory_tasks"] for layer in told} == {1}
+    second = events(folder, "edit", branch=branch.id, task="second")[0]["layers"]
+    assert {layer["memory_tasks"] for layer in second} == {2}
+
+
+def test_a_run_does_not_go_on_with_other_prompts_to_keep(
+    cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = [{"label": "Kept", "method": "hpa_ls", "options": {"keep_samples": 12}}]
+    settings, folder = recipe(methods=rows, tasks=["first"]), tmp_path / "run"
+    run(settings, folder, cache=cache)
+    harmless = TinyScenario.alignment_train
+    session = plan(settings, folder, cache)
+    session.branch_folder(session.branches[0]).rename(tmp_path / "gone")
+
+    def train(self: TinyScenario, *, seed: int) -> Any:
+        return [replace(sample, prompt=f"{sample.prompt} now") for sample in harmless(self, seed=seed)]
+
+    monkeypatch.setattr(TinyScenario, "alignment_train", train)
+    result = run(settings, folder, cache=cache)
+    assert "as it was when this run began" in result.failures[0].error
+
+
+def test_more_to_keep_than_there_is_is_told(cache: Path, tmp_path: Path) -> None:
+    rows = [{"label": "Kept", "method": "hpa_ls", "options": {"keep_samples": 1000}}]
+    result = run(recipe(methods=rows, tasks=["first"]), tmp_path / "run", cache=cache)
+    assert "keep_samples: expected at most the 24 harmless prompts" in result.failures[0].error
 
 
 # ------------------------------------------------------------------------------------------------- samples that change

@@ -40,6 +40,14 @@ Safety = Annotated[
     typer.Option("--safety", help="Harmful requests with the aligned model's own refusals.", show_default=False),
 ]
 TaskSet = Annotated[Path | None, typer.Option("--task", help="Training samples of the task.", show_default=False)]
+KeepSet = Annotated[
+    Path | None,
+    typer.Option(
+        "--keep",
+        help="Prompts of any kind with BEFORE's own answers: what else it can do (methods with a memory).",
+        show_default=False,
+    ),
+]
 StatisticsFiles = Annotated[
     list[Path] | None,
     typer.Option(
@@ -89,6 +97,7 @@ def adapt_command(
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Folder to make.", show_default=False)] = None,
     safety: Safety = None,
     task: TaskSet = None,
+    keep: KeepSet = None,
     statistics: StatisticsFiles = None,
     method: MethodName = "hpa",
     strength: Annotated[
@@ -131,6 +140,7 @@ def adapt_command(
         out if out is not None else Path(f"{after.name or 'model'}-hpa"),
         safety=safety,
         task=task,
+        keep=keep,
         statistics=statistics or [],
         method=_method(method, set_ or [], strength),
         skip=skip or [],
@@ -178,10 +188,12 @@ def calibrate_command(
     data: Annotated[
         Path, typer.Argument(metavar="DATA", help="Samples: .json, .jsonl or .parquet.", show_default=False)
     ],
-    role: Annotated[Literal["safety", "task"], typer.Option("--as", help="Which set this is.", show_default=False)],
+    role: Annotated[
+        Literal["safety", "task", "keep"], typer.Option("--as", help="Which set this is.", show_default=False)
+    ],
     out: Annotated[Path, typer.Option("--out", "-o", help="Statistics file to write.", show_default=False)],
     base: Annotated[Path | None, typer.Option(help="The model that an adapter stands on.", show_default=False)] = None,
-    samples: Annotated[int | None, typer.Option(min=1, help="How many.", show_default="8 safety, 128 task")] = None,
+    samples: Annotated[int | None, typer.Option(min=1, help="How many.", show_default="8 safety, 128 else")] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the choice of samples.")] = 0,
     gram: Annotated[bool, typer.Option("--gram", help="Gram matrices too, which hpa_ls needs.")] = False,
     energy: Annotated[
@@ -431,6 +443,7 @@ def _job(
     *,
     safety: Path | None,
     task: Path | None,
+    keep: Path | None = None,
     statistics: list[Path],
     method: Method,
     images: Path | None = None,
@@ -451,21 +464,24 @@ def _job(
     config = method.calibration or CalibrationConfig()
     config = CalibrationConfig(**config.model_dump(include=set(CalibrationConfig.model_fields)))
     calibrations: dict[str, CalibrationJob] = {}
-    for role, data in (("safety", safety), ("task", task)):
+    sets: tuple[tuple[Literal["safety", "task", "keep"], Path | None], ...]
+    sets = (("safety", safety), ("task", task), ("keep", keep))
+    for role, data in sets:
         if data is None:
             continue
         if role in by_role:
             raise _error(f"--{role}: both samples and a statistics file of the {role} set were given")
-        source = after if getattr(config.hessian_source, role) == "after" else before
+        # What is kept is what BEFORE says.
+        source = after if getattr(config.hessian_source, role, "before") == "after" else before
         adapter = (source / ADAPTER_CONFIG).is_file()
         calibrations[role] = CalibrationJob(
             source,
             data,
-            "safety" if role == "safety" else "task",
+            role,
             Path(),
             base=before if adapter else None,
             config=config,
-            samples=(samples or {}).get(role),
+            samples=(method.keep_samples or None) if role == "keep" else (samples or {}).get(role),
             seed=fields.get("seed", 0),
             image_root=images,
             trust_remote_code=trust_remote_code,

@@ -221,6 +221,8 @@ def _wanted(job: Job) -> dict[str, frozenset[str]]:
     for need in sorted(job.method.needs):
         role, _, kind = need.partition("_")
         wanted[role] = wanted.get(role, frozenset()) | {kind}
+    if "keep" in job.statistics or "keep" in job.calibrations:
+        wanted["keep"] = frozenset({"gram"})
     return wanted
 
 
@@ -248,6 +250,15 @@ def prepare(job: Job) -> Prepared:
     fingerprints: set[str] | None = None
     if job.statistics and wanted and not job.any_statistics:
         fingerprints = {model_fingerprint(before), model_fingerprint(before if adapter else after, adapter)}
+    remembers = getattr(job.method.config, "memory", 0)
+    for given, what in ((job.memory is not None, "memory"), ("keep" in wanted, "keep")):
+        if given and not remembers:
+            raise CheckpointError(f"{what}: method '{job.method.name}' as set keeps no memory of past tasks")
+    if job.method.keep_samples and "keep" not in wanted:
+        raise CheckpointError(
+            f"keep: method '{job.method.name}' is to keep {job.method.keep_samples} samples; pass --keep with them, or "
+            "--statistics with a file of them"
+        )
     for role, kinds in wanted.items():
         if role in job.statistics:
             statistics[role] = _checked(job, role, kinds, fingerprints)
@@ -272,10 +283,8 @@ def prepare(job: Job) -> Prepared:
         include_projector=include_projector,
         save_as=job.save_as,
     )
-    remembers = getattr(job.method.config, "memory", 0)
-    if job.memory is not None and not remembers:
-        raise CheckpointError(f"memory: method '{job.method.name}' as set keeps no memory of past tasks")
-    return Prepared(before, after, adapter, statistics, Memory(job.memory) if remembers else None, plan)
+    memory = Memory(job.memory, method=job.method, keep=statistics.get("keep")) if remembers else None
+    return Prepared(before, after, adapter, statistics, memory, plan)
 
 
 def _checked(job: Job, role: str, kinds: frozenset[str], fingerprints: set[str] | None) -> Statistics:

@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import torch
 
@@ -17,7 +16,7 @@ from hpa.checkpoint.files import CheckpointError, Folder
 from hpa.checkpoint.lazy_model import LazyModel, module_decoder
 from hpa.checkpoint.names import expert_input, projector_name
 from hpa.checkpoint.plan import model_fingerprint
-from hpa.checkpoint.statistics import Statistics, StatisticsInfo, StatisticsWriter
+from hpa.checkpoint.statistics import Role, Statistics, StatisticsInfo, StatisticsWriter
 from hpa.config import CalibrationConfig
 from hpa.data.encode import Encoder
 from hpa.data.files import read_conversations
@@ -45,7 +44,7 @@ class CalibrationJob:
 
     model: Path
     data: Path
-    role: Literal["safety", "task"]
+    role: Role
     out: Path
     base: Path | None = None
     config: CalibrationConfig = field(default_factory=CalibrationConfig)

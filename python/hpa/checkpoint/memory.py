@@ -30,9 +30,16 @@ __all__ = ["Memory", "write_memory"]
 class Memory:
     """A memory file; an empty one where there is none yet."""
 
-    def __init__(self, path: Path | None) -> None:
-        """Raises CheckpointError where the file is no memory."""
+    def __init__(self, path: Path | None, *, method: Method | None = None, keep: Statistics | None = None) -> None:
+        """``keep``: Gram matrices that ``method`` takes in on top, of what the model can do and no task is about.
+
+        Raises:
+            CheckpointError: a file that is no memory.
+        """
         self.path = path
+        self._keep = keep
+        # One of its own: what the caller's holds of another input must not be mixed in.
+        self._method = None if method is None else type(method)(method.config)
         self._tensors = {} if path is None else read_tensor_file(path).tensors
         odd = [name for name in self._tensors if not name.startswith(("memory.", "tasks."))]
         if odd:
@@ -41,20 +48,32 @@ class Memory:
     @property
     def keys(self) -> set[str]:
         """The inputs that it remembers."""
-        return {name.removeprefix("memory.") for name in self._tensors if name.startswith("memory.")}
+        told = {name.removeprefix("memory.") for name in self._tensors if name.startswith("memory.")}
+        return told if self._keep is None else told | _seen(self._keep)
 
     def state(self, key: str) -> dict[str, Tensor]:
         """What :meth:`hpa.methods.base.Method.load_state_dict` takes, for one input."""
         names = (f"memory.{key}", f"tasks.{key}")
-        return {name: read_tensor(self._tensors[name]) for name in names if name in self._tensors}
+        old = {name: read_tensor(self._tensors[name]) for name in names if name in self._tensors}
+        if self._keep is None or self._method is None or key not in _seen(self._keep):
+            return old
+        self._method.load_state_dict(old)
+        self._method.remember_inputs({key: self._keep.read(key, frozenset({"gram"}))})
+        state = self._method.state_dict()
+        self._method.load_state_dict({})
+        return state
+
+
+def _seen(statistics: Statistics) -> set[str]:
+    return {key for key, about in statistics.info.inputs.items() if not about.zero}
 
 
 def write_memory(path: Path, method: Method, old: Memory, task: Statistics) -> str:
     """``old`` and a task's Gram matrices, as ``method`` sums them up; the new file's SHA-256."""
-    keys = sorted(old.keys | {key for key, about in task.info.inputs.items() if not about.zero})
+    keys = sorted(old.keys | _seen(task))
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
     for key in keys:
-        if key in task.info.inputs and not task.info.inputs[key].zero:
+        if key in _seen(task):
             cols = task.info.inputs[key].cols
             shape: tuple[int, ...] = (cols * (cols + 1) // 2,)
         else:
@@ -73,7 +92,9 @@ def write_memory(path: Path, method: Method, old: Memory, task: Statistics) -> s
             for name in (f"memory.{key}", f"tasks.{key}"):
                 tensor = state[name]
                 if (DTYPE_NAMES[tensor.dtype], tuple(tensor.shape)) != shapes[name]:
-                    raise CheckpointError(f"{old.path}: '{name}' is {tuple(tensor.shape)}, expected {shapes[name][1]}")
+                    raise CheckpointError(
+                        f"{old.path or 'memory'}: '{name}' is {tuple(tensor.shape)}, expected {shapes[name][1]}"
+                    )
                 out.write(tensor_bytes(tensor))
         method.load_state_dict({})
         return out.close()

@@ -38,9 +38,9 @@ from hpa.gram import whole
 from hpa.layers import InputStatistics
 from hpa.triangle import Triangle, pack
 
-__all__ = ["InputInfo", "Statistics", "StatisticsInfo", "StatisticsWriter"]
+__all__ = ["InputInfo", "Role", "Statistics", "StatisticsInfo", "StatisticsWriter"]
 
-Role = Literal["safety", "task"]
+Role = Literal["safety", "task", "keep"]
 METADATA_KEY = "hpa"
 FORMAT = 1
 
@@ -62,7 +62,7 @@ class StatisticsInfo:
     """What a statistics file says about itself.
 
     Attributes:
-        role: which set it is of: safety or task.
+        role: which set it is of: safety, task, or keep (what else the model can do).
         fingerprint: of the model's layers, see :func:`hpa.checkpoint.files.fingerprint`.
         model: the folder that was read, for people.
         data: the file of samples, its SHA-256 and how many were used.
