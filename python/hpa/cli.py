@@ -4,6 +4,7 @@
     hpa calibrate, inspect, compare, sweep     its steps, each alone
     hpa run recipes/demo.yaml     a model through a sequence of tasks, by every method of the recipe
     hpa report runs/demo          its table and its page again
+    hpa judge runs/demo --by J    its kept answers by another judge
     hpa methods                   the methods and their options
     hpa info                      what is installed, and what this machine can run
 
@@ -133,6 +134,65 @@ def report_command(
         raise _UserError(f"{folder}: expected a run folder with events.jsonl, found none")
     if not _show_results(folder):
         raise typer.Exit(1)
+
+
+@app.command("judge")
+def judge_command(
+    folder: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder.", show_default=False)],
+    by: Annotated[
+        str,
+        typer.Option(
+            "--by",
+            help="url:ADDRESS#MODEL (OpenAI-style; a key in HPA_JUDGE_KEY), classifier:FOLDER#LABEL, "
+            "pair-classifier:FOLDER#LABEL, keywords:FILE, or a judge's name.",
+            show_default=False,
+        ),
+    ],
+    parallel: Annotated[int, typer.Option(min=1, help="Questions to an address at a time.")] = 4,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No bar.")] = False,
+) -> None:
+    """Have another judge say which of a run's kept answers are refusals.
+
+    With url: the requests and answers of the run are sent to that address.  Verdicts are kept in RUN/judged, and a job
+    that was stopped goes on with the same command.
+    """
+    from rich.progress import Progress
+
+    from hpa.evaluation.answer_judges import JudgeError, answer_judge
+    from hpa.report.rejudge import rejudge
+
+    try:
+        judge = answer_judge(by, parallel=parallel)
+    except ValueError as error:
+        raise _UserError(f"--by: {error}") from None
+    with Progress(console=_err, transient=True, disable=quiet) as bar:
+        task = bar.add_task("answers", total=None)
+        try:
+            found = rejudge(folder, judge, lambda done, total: bar.update(task, completed=done, total=total))
+        except (FileNotFoundError, JudgeError) as error:
+            raise _UserError(str(error)) from None
+    table = Table("condition", "method", "n", "own", "MASR", "95 %", "over", "agree", "unread", title=judge.name)
+    for row in found.rows:
+        spread = "" if row.spread != row.spread else f" ± {row.spread:.1f}"
+        over = "-" if row.over is None else f"{row.over:.1f}"
+        table.add_row(
+            row.condition,
+            row.label,
+            str(row.seeds),
+            f"{row.own:.1f}",
+            f"{row.judged:.1f}{spread}",
+            f"{row.interval.low:.0f} to {row.interval.high:.0f}",
+            over,
+            f"{row.agreement:.1f}",
+            str(row.unreadable),
+        )
+    _out.print(table)
+    _out.print(
+        "percent after the last task; own: MASR by the run's own judge; agree: answers on which both agree; unread: "
+        "answers about which this judge said neither, left out of its rates",
+        highlight=False,
+    )
+    _out.print(f"{found.asked} answers judged -> {found.path}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command("methods")

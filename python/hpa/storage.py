@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -126,12 +126,18 @@ class Journal:
                     file.truncate(whole)
 
     def append(self, event: Mapping[str, Any]) -> None:
-        line = dump_line(event)
+        self.extend([event])
+
+    def extend(self, events: Iterable[Mapping[str, Any]]) -> None:
+        """Several events, with one wait for the disk."""
+        lines = [dump_line(event) for event in events]
+        if not lines:
+            return
         with open(self.path, "ab") as file:
-            file.write(line.encode("utf-8"))
+            file.write("".join(lines).encode("utf-8"))
             file.flush()
             os.fsync(file.fileno())
-        self.events.append(json.loads(line))
+        self.events += map(json.loads, lines)
 
     def find(self, kind: str, task_index: int | None = None) -> dict[str, Any] | None:
         """The last event of this kind (and task), if it has happened."""
