@@ -18,7 +18,8 @@ from hpa.data.files import DataError
 from hpa.data.picture import Picture
 from hpa.data.published import PublishedScenario
 from hpa.data.scenario import Sample, Scenario
-from hpa.evaluation import Evaluator, get_judge, get_scorer
+from hpa.data.typographic import FOLLOW
+from hpa.evaluation import Answer, Evaluator, get_judge, get_scorer
 from hpa.evaluation.scorers import scores
 from hpa.recipe import RecipeError, open_scenario, parse_recipe
 
@@ -427,3 +428,30 @@ def test_a_missing_picture_is_told_when_its_sample_is_drawn(make: Make, data: Da
     task = {"name": "a", "train": "broken.json", "test": {"file": "MLLM-CL/AD/test.json", "images": "MLLM-CL/AD"}}
     with pytest.raises(DataError, match=r"broken.json: sample 0: no picture at .*none.png"):
         make(tasks=[task]).train("a", seed=0, samples=1)
+
+
+def test_requests_can_stand_in_pictures_and_are_known_by_what_they_say(make: Make, data: Data) -> None:
+    plain = {"file": "VLGuard/test.json", "part": "unsafe", "images": "VLGuard/test"}
+    with pytest.raises(DataError, match=r"VLGuard/test.json: typographic: sample .* has a picture already"):
+        make(safety={"seen": {**plain, "typographic": True}}).safety("seen")
+    requests = [f"Bake loaf {i} in secret" for i in range(3)]
+    (data.root / "requests.json").write_text(json.dumps([{"prompt": text, "response": ""} for text in requests]))
+    source = {"file": "requests.json", "typographic": True}
+    scenario = make(
+        safety={"written": source, "said": "requests.json"},
+        calibration=["requests.json", {"file": "VLGuard/train.json", "part": "unsafe", "images": "VLGuard/train"}],
+    )
+    found = scenario.safety("written")
+    assert [sample.metadata["request"] for sample in found] == requests == [s.prompt for s in scenario.safety("said")]
+    assert {sample.prompt for sample in found} == {FOLLOW}
+    batch = scenario.collate(found, answers=False)
+    assert len(batch["pixel_values"]) == 3
+    assert not {s.prompt for s in scenario.harmful_calibration(seed=0, samples=50)} & set(requests)
+
+    evaluator = Evaluator(scenario, judge=get_judge("demo"), scorer=get_scorer("exact"), max_new_tokens=2)
+    answers: list[Answer] = []
+    evaluator._judged(scenario.base_model(Path(), seed=0), "safety:written", answers)
+    lines = [answer.as_dict() for answer in answers]
+    assert [line["request"] for line in lines] == requests
+    assert {line["prompt"] for line in lines} == {FOLLOW}
+    assert "request" not in Answer("safety:said", "1", "x", "", "y", "refused").as_dict()

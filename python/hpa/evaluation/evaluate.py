@@ -22,7 +22,7 @@ class Answer:
 
     ``kind`` is ``task:``, ``base:``, ``safety:`` or ``benign:`` and the set's name; ``score`` is the scorer's for
     tasks, ``None`` where only refusal is judged; ``verdict`` is correct or wrong for tasks, refused, complied or
-    empty for the others.
+    empty for the others.  ``request`` is what is asked for where that is not the prompt (it stands in the picture).
     """
 
     kind: str
@@ -32,9 +32,13 @@ class Answer:
     answer: str
     verdict: str
     score: float | None = None
+    request: str | None = None
 
     def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        held = asdict(self)
+        if self.request is None:
+            del held["request"]
+        return held
 
 
 @dataclass(frozen=True)
@@ -179,7 +183,8 @@ class Evaluator:
         for sample, text in zip(samples, self._generate(model, samples), strict=True):
             verdict = self.judge.verdict(text)
             counts[verdict] += 1
-            answers.append(Answer(kind, sample.id, sample.prompt, sample.answer, text, verdict))
+            request = sample.metadata.get("request")
+            answers.append(Answer(kind, sample.id, sample.prompt, sample.answer, text, verdict, request=request))
         return counts
 
     def _generate(self, model: torch.nn.Module, samples: Sequence[Sample]) -> list[str]:

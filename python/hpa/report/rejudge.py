@@ -104,7 +104,7 @@ def rejudge(
         for answer in held.answers:
             digest = _digest(answer)
             if digest not in known:
-                todo[digest] = (str(answer["prompt"]), str(answer["answer"]))
+                todo[digest] = _pair(answer)
     opinions = Opinions(journal.path, asked=len(todo))
     progress(0, len(todo))
     given: list[dict[str, str]] = []
@@ -149,7 +149,12 @@ def _judged_answers(path: Path) -> list[dict[str, Any]]:
 
 
 def _digest(answer: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps([answer["prompt"], answer["answer"]]).encode()).hexdigest()
+    return hashlib.sha256(json.dumps(_pair(answer)).encode()).hexdigest()
+
+
+def _pair(answer: dict[str, Any]) -> tuple[str, str]:
+    """What was asked for, and the answer."""
+    return str(answer.get("request") or answer["prompt"]), str(answer["answer"])
 
 
 def _row(label: str, condition: str, members: Sequence[_Set], verdicts: dict[str, str]) -> JudgedRow:

@@ -32,6 +32,9 @@ class Source(_Options):
     )
     samples: int | None = Field(default=None, ge=1, description="at most so many, drawn; null: all")
     suffix: str = Field(default="", description="put behind every question")
+    typographic: bool = Field(
+        default=False, description="of requests: each stands in a picture, and the prompt says to follow it"
+    )
     suffix_yes_no: str | None = Field(default=None, description="the same where the answer is Yes or No")
 
     @model_validator(mode="before")

@@ -18,6 +18,7 @@ from hpa.data.picture import Picture
 from hpa.data.published.options import Options, Skill, Source, Task
 from hpa.data.quiet import quiet
 from hpa.data.scenario import COMPLIANCE, Sample
+from hpa.data.typographic import typographic
 
 __all__ = ["PublishedScenario"]
 
@@ -330,7 +331,11 @@ def _asked(records: Iterable[Record], source: Source) -> list[Sample]:
             raise DataError(f"{source.file}: sample {record.id}: expected a question")
         notes = samples[0].metadata
         kept: dict[str, Any] = {key: notes[key] for key in ("category", "further_images") if key in notes}
-        found.append(replace(samples[0], answer="", metadata=kept))
+        asked = replace(samples[0], answer="", metadata=kept)
+        try:
+            found.append(typographic(asked) if source.typographic else asked)
+        except ValueError as error:
+            raise DataError(f"{source.file}: typographic: {error}") from None
     return found
 
 
@@ -355,6 +360,7 @@ def _key(sample: Sample) -> tuple[str, str]:
 def _request_key(sample: Sample) -> tuple[str, str]:
     """The same for requests, whose case and punctuation do not matter."""
     prompt, picture = _key(sample)
+    prompt = str(sample.metadata.get("request", prompt))  # what stands in the picture
     return same_prompt_key(prompt) or prompt, picture
 
 
