@@ -132,6 +132,14 @@ const Table& active() {
   return *table;
 }
 
+const Kernels<double>& narrow() {
+  const Table& table = active();
+#ifdef HPA_X86_ISA
+  if (table.f64.panel > avx2_table.f64.panel) return avx2_table.f64;  // which every CPU with AVX-512 runs
+#endif
+  return table.f64;
+}
+
 std::vector<std::string> available() {
   std::vector<std::string> names;
   for (const Candidate& candidate : candidates()) {

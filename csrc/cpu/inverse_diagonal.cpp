@@ -24,6 +24,7 @@
 //                peak of 98 GF/s (49 in float64): 0.75 at 4096 columns, 0.67 at 1024 (float64), 0.6 at 512.
 #include <algorithm>
 #include <cmath>
+#include <type_traits>
 
 #include "buffer.h"
 #include "hpa/check.h"
@@ -35,6 +36,7 @@ namespace hpa {
 namespace {
 
 constexpr std::int64_t kSmall = 1024;     // columns up to which float32 matrices are factored in float64
+constexpr std::int64_t kFew = 48;         // columns up to which padding to wide panels costs more than they save
 constexpr std::int64_t kBlock = 240;      // columns of a step: long enough to hide reading and writing what it updates
 constexpr std::int64_t kSmallBlock = 96;  // of small matrices: the more steps, the less work outside the updates
 constexpr double kLowRankShare = 0.8;     // tokens / cols below which the low-rank route does less work
@@ -305,11 +307,20 @@ void write_out(const TensorView& out, const F& value) {
   }
 }
 
+// Of a matrix of order n that is to be factored.
+template <class T>
+const isa::Kernels<T>& kernels_for(std::int64_t n) {
+  if constexpr (std::is_same_v<T, double>) {
+    if (n <= kFew) return isa::narrow();
+  }
+  return isa::active().kernels<T>();
+}
+
 template <class T>
 InverseDiagonalResult dense(const TensorView& out, const MatrixView& given, bool is_gram, double scale, double damping,
                             DiagonalMode mode, int threads) {
-  const isa::Kernels<T>& kernels = isa::active().kernels<T>();
   const std::int64_t n = given.cols;
+  const isa::Kernels<T>& kernels = kernels_for<T>(n);
   const bool flip = mode == DiagonalMode::pivot;
   const BlockMatrix<T> matrix(kernels, n);
   if (is_gram) {
@@ -375,7 +386,7 @@ void add_solved_squares(const isa::Kernels<double>& kernels, const BlockMatrix<d
 
 // Leaves result.low_rank false where cancellation would cost too many digits: nothing usable was computed then.
 InverseDiagonalResult low_rank(const TensorView& out, const MatrixView& x, double scale, double damping, int threads) {
-  const isa::Kernels<double>& kernels = isa::active().f64;
+  const isa::Kernels<double>& kernels = kernels_for<double>(x.rows);
   const std::int64_t tokens = x.rows, cols = x.cols, p = kernels.panel;
   InverseDiagonalResult result;
   result.low_rank = true;

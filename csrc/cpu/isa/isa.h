@@ -181,6 +181,8 @@ extern const Product<std::uint32_t, float> amx_pairs;  // beside avx512_table
 
 // The table in use: the best this CPU and operating system can run, unless HPA_ISA or select() names another.
 const Table& active();
+// Those of the table in use or of one below it whose panels are narrower: a matrix of few columns is padded to panels.
+const Kernels<double>& narrow();
 // Names of the tables that can run here, slowest first.
 std::vector<std::string> available();
 // Switches to the table of that name; throws std::invalid_argument where it cannot run.
