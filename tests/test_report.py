@@ -32,6 +32,7 @@ from hpa.report.figures import LINES, drawn, safety_over_time, styles_of, task_o
 from hpa.report.layers import block_shares, layer_means
 from hpa.report.markup import Html, el, join, short_number
 from hpa.report.plot import nice_ticks, place, spread
+from hpa.report.publish import publish
 from hpa.report.samples import gather_samples, picture
 from hpa.report.story import control_sentences, headline, lead_sentences, missing
 from hpa.report.summary import best_control, compare, groups, interval_of, summary_rows
@@ -848,3 +849,60 @@ def test_figures_and_pictures_show_at_every_width(browse: Callable[..., Any], pa
     assert found["outside"] == []
     assert found["smallest"] >= 11.5  # pixels: the height of a line of 11 px type that is not scaled down
     assert found["overflow"] <= 0
+
+
+# ------------------------------------------------------------------------------------------------------- a document
+
+
+def test_published_tables_are_the_figures_and_come_again_from_the_published_lines(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in make_events()))
+    tables, picture_, lines = publish(folder, tmp_path / "out" / "page", "clean")
+    text = tables.read_text()
+    run = load_run(folder)
+    rows = {row.label: row for row in summary_rows(run, "clean")}
+    head, _, *body = text.split("\n\n")[0].splitlines()
+    titles = [cell.strip() for cell in head.strip("|").split("|")]
+    shown = {cells[0]: dict(zip(titles, cells, strict=True)) for cells in map(_cells, body)}
+    assert set(shown) == {
+        "before alignment",
+        "aligned model",
+        "SeqFT",
+        "HPA",
+        "HPA-LS",
+        "random (control)",
+        "SeqFT lr 5e-4 (control)",
+    }
+    for label, key in (("SeqFT", "BWT"), ("HPA", "AP"), ("HPA-LS", "MASR")):
+        spread_ = rows[label].metrics[key]
+        cell = shown[label][key].strip("*").replace("\N{MINUS SIGN}", "-")
+        assert cell == f"{spread_.mean:.1f} ± {spread_.sd:.1f}"
+    assert shown["HPA-LS"]["MASR"].startswith("**")
+    assert shown["HPA-LS"]["seeds"] == "3"
+    ends = [branch.evaluations[2]["accuracy"]["photo"] for branch in run.branches if branch.label == "HPA"][:3]
+    mean, deviation = metrics.mean_spread(ends)
+    assert any(
+        _cells(line)[:2] == ["HPA", f"{mean:.0f} ± {deviation:.0f}"] for line in text.split("\n\n")[3].splitlines()
+    )
+    learned = next(_cells(line) for line in text.split("\n\n")[3].splitlines() if "just learned" in line)
+    firsts = [branch.evaluations[1]["accuracy"]["digit"] for branch in run.branches if branch.label == "SeqFT"][:3]
+    assert learned[2] == f"{np.mean(firsts):.0f} ± {np.std(firsts, ddof=1):.0f}"
+    for name in SAFETY:
+        events = [b.evaluations[2] for b in run.branches if b.label == "HPA" and b.condition == "clean"]
+        bounds = interval_of(events, "safety", name)
+        assert bounds is not None
+        assert f"{bounds.rate:.0f} ({bounds.low:.0f} to {bounds.high:.0f})" in text.split("\n\n")[1]
+    assert ET.parse(picture_).getroot().tag.endswith("svg")
+
+    assert "layers" not in lines.read_text()
+    again = tmp_path / "again"
+    again.mkdir()
+    shutil.copy(lines, again / "events.jsonl")
+    assert publish(again, tmp_path / "second", "clean")[0].read_text() == text
+    with pytest.raises(ValueError, match="condition: expected one of"):
+        publish(folder, tmp_path / "out" / "page", "none")
+
+
+def _cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]

@@ -128,12 +128,26 @@ def run_command(
 @app.command("report")
 def report_command(
     folder: Annotated[Path, typer.Argument(help="A run folder, finished or not.", show_default=False)],
+    publish: Annotated[
+        Path | None,
+        typer.Option(
+            "--publish",
+            metavar="STEM",
+            help="Also write STEM.md (tables), STEM.svg and STEM.jsonl (every evaluation) for a document.",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Make the table and the page of a run again, from its events alone."""
     if not (folder / "events.jsonl").is_file():
         raise _UserError(f"{folder}: expected a run folder with events.jsonl, found none")
     if not _show_results(folder):
         raise typer.Exit(1)
+    if publish is not None:
+        from hpa.report.publish import publish as write
+
+        for path in write(folder, publish):
+            _out.print(path, markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command("judge")
