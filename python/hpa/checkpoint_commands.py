@@ -132,6 +132,9 @@ def adapt_command(
     if out is None and not dry_run:
         raise _error("--out: needed, the folder to make")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    # Reading, editing and writing share the cores: a thread that spins while it waits takes one from the others.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # numpy's, which has nothing to do here
     from hpa.checkpoint import adapt_checkpoint, plan_job
 
     job = _job(
