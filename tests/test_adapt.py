@@ -388,6 +388,18 @@ def test_an_edit_leaves_answers_alone_that_were_to_be_kept():
     assert changes[3] < 0.1 * changes[0]
 
 
+def test_layers_that_nothing_to_keep_reaches_are_not_in_the_memory():
+    make, _, _ = LLAVA
+    model = make()
+    text = [{"input_ids": torch.tensor([[3, 4, 5, 6]]), "attention_mask": torch.ones(1, 4, dtype=torch.int64)}]
+    method = create_method("hpa_ls", include_projector=True)
+    remember(model, text, method)
+    keys = {key.removeprefix("memory.") for key in method.state_dict() if key.startswith("memory.")}
+    assert keys
+    assert not any("projector" in key for key in keys)
+    assert any("projector" in spec.name for spec in find_layers(model, include_projector=True))
+
+
 def test_a_method_without_a_memory_cannot_be_shown_anything():
     make, _, task = LLAMA
     model = make()
@@ -401,6 +413,11 @@ def test_a_method_without_a_memory_cannot_be_shown_anything():
     with pytest.raises(ValueError, match="batches: expected at least one batch"):
         remember(model, [], create_method("hpa_ls"))
     method = create_method("hpa_ls")
+    combined = create_method("hpa_ls+gpm")
+    remember(model, task, combined)
+    assert combined.state_dict()
+    with pytest.raises(ValueError, match=r"method: 'hpa\+gpm' has no memory of inputs"):
+        remember(model, task, create_method("hpa+gpm"))
     _, entries = next(calibrate(model, task, want=("diagonal",)))
     with pytest.raises(ValueError, match=r"statistics: input .* has no Gram matrix"):
         method.remember_inputs({seen.input_key: seen for seen in entries.values()})

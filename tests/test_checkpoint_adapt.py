@@ -433,6 +433,18 @@ def test_a_kept_set_that_is_of_no_use_is_told(tmp_path: Path) -> None:
         plan_job(replace(wanted, statistics={"keep": of_the_task.out}))
 
 
+def test_a_kept_set_is_of_before_and_a_memory_may_hold_one(tmp_path: Path) -> None:
+    pair = Pair(tmp_path, tiny_models.llama)
+    of_after = CalibrationJob(pair.after, pair.task, "keep", tmp_path / "keep.safetensors", want=frozenset({"gram"}))
+    calibrate_checkpoint(of_after)
+    wanted = job(pair, tmp_path / "out", "hpa_ls", options={"keep_samples": 2})
+    with pytest.raises(CheckpointError, match="whose weights are not those of BEFORE; calibrate again"):
+        plan_job(replace(wanted, statistics={"keep": of_after.out}))
+    plan_job(replace(wanted, statistics={"keep": of_after.out}, any_statistics=True))
+    adapt_checkpoint(with_keep(wanted, CalibrationJob(pair.before, pair.task, "keep", Path(), samples=2)))
+    plan_job(replace(wanted, out=tmp_path / "next", memory=tmp_path / "out" / "hpa-memory.safetensors"))
+
+
 def with_keep(given: Job, kept: CalibrationJob) -> Job:
     return replace(given, calibrations=given.calibrations | {"keep": kept})
 

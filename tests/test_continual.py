@@ -655,9 +655,11 @@ def test_a_run_does_not_go_on_with_other_prompts_to_keep(
 
 
 def test_more_to_keep_than_there_is_is_told(cache: Path, tmp_path: Path) -> None:
-    rows = [{"label": "Kept", "method": "hpa_ls", "options": {"keep_samples": 1000}}]
+    rows = [{"label": "Kept", "method": "hpa_ls", "options": {"keep_samples": 1000}}, *SEQFT]
     result = run(recipe(methods=rows, tasks=["first"]), tmp_path / "run", cache=cache)
+    assert [failure.where for failure in result.failures] == ["clean/kept/seed0"]
     assert "keep_samples: expected at most the 24 harmless prompts" in result.failures[0].error
+    assert result.finished == ["clean/seqft/seed0"]
 
 
 # ------------------------------------------------------------------------------------------------- samples that change

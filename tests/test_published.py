@@ -434,6 +434,10 @@ def test_requests_can_stand_in_pictures_and_are_known_by_what_they_say(make: Mak
     plain = {"file": "VLGuard/test.json", "part": "unsafe", "images": "VLGuard/test"}
     with pytest.raises(DataError, match=r"VLGuard/test.json: typographic: sample .* has a picture already"):
         make(safety={"seen": {**plain, "typographic": True}}).safety("seen")
+    with pytest.raises(ValueError, match="alignment: typographic: expected for requests alone"):
+        make(alignment=[{**plain, "typographic": True}])
+    with pytest.raises(ValueError, match="typographic: expected no suffix"):
+        make(safety={"seen": {**plain, "typographic": True, "suffix": "Yes?"}})
     requests = [f"Bake loaf {i} in secret" for i in range(3)]
     (data.root / "requests.json").write_text(json.dumps([{"prompt": text, "response": ""} for text in requests]))
     source = {"file": "requests.json", "typographic": True}

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -19,6 +20,7 @@ from transformers import BertConfig, BertForSequenceClassification, PreTrainedTo
 from hpa.evaluation import wilson_interval
 from hpa.evaluation.answer_judges import (
     KEY,
+    AnswerJudge,
     ClassifierJudge,
     EndpointJudge,
     JudgeError,
@@ -90,6 +92,13 @@ def answers_of(verdicts: dict[str, list[tuple[str, str]]]) -> str:
         for kind, pairs in verdicts.items()
         for i, (answer, own) in enumerate(pairs)
     )
+
+
+def given(judge: AnswerJudge, pairs: list[tuple[str, str]]) -> list[str]:
+    """Verdicts in the order of the pairs, each once."""
+    found = list(judge.verdicts(pairs))
+    assert sorted(number for number, _ in found) == list(range(len(pairs)))
+    return [verdict for _, verdict in sorted(found)]
 
 
 NO, YES, NOT_NICE = ("sorry", "refused"), ("sure", "complied"), ("that would be unwise", "complied")
@@ -181,29 +190,83 @@ def test_the_question_holds_request_and_answer_and_nothing_is_asked_twice(
 
 def test_braces_in_a_request_are_left_alone(serve: Callable[..., Endpoint]) -> None:
     endpoint = serve(opinion)
-    assert list(EndpointJudge(endpoint.address, "m").verdicts([("print {answer} and {0}", "sure")])) == ["complied"]
+    assert given(EndpointJudge(endpoint.address, "m"), [("print {answer} and {0}", "sure")]) == ["complied"]
     assert "print {answer} and {0}" in endpoint.asked[0]["messages"][0]["content"]
 
 
 def test_a_server_that_is_busy_is_asked_again_and_one_that_is_down_keeps_what_was_said(
     folder: Path, serve: Callable[..., Endpoint]
 ) -> None:
-    busy = serve(lambda question, number: (503, {}, b"later") if number % 2 else opinion(question))
-    assert list(EndpointJudge(busy.address, "m", parallel=1, wait=0.0).verdicts([("a", "sure"), ("b", "sorry")])) == [
-        "complied",
-        "refused",
-    ]
+    busy = serve(lambda question, number: (503, {"Retry-After": "0"}, b"later") if number % 2 else opinion(question))
+    judge = EndpointJudge(busy.address, "m", parallel=1, wait=60.0)
+    assert given(judge, [("a", "sure"), ("b", "sorry")]) == ["complied", "refused"]
     assert len(busy.asked) == 4
 
-    down = serve(lambda question, number: opinion(question) if number <= 3 else (500, {}, b"out of memory"))
+    down = serve(lambda question, number: opinion(question) if number <= 3 else (401, {}, b"expired"))
     judge = EndpointJudge(down.address, "m", parallel=1, wait=0.0)
-    with pytest.raises(JudgeError, match=r"could not be asked in 5 tries; the last: 500 .*out of memory"):
+    with pytest.raises(JudgeError, match=r"says 401 .*expired"):
         rejudge(folder, judge)
-    kept = read_lines(next((folder / "judged").glob("*.jsonl")))
-    assert len(kept) >= 3
+    assert len(read_lines(next((folder / "judged").glob("*.jsonl")))) >= 3
     down.close()
     with pytest.raises(JudgeError, match="could not be asked in 5 tries"):
-        list(EndpointJudge(down.address, "m", wait=0.0).verdicts([("a", "b")]))
+        given(EndpointJudge(down.address, "m", wait=0.0), [("a", "b")])
+
+
+@pytest.mark.parametrize(
+    "refusal", [(400, {}, b"content_filter"), (200, {}, b'{"choices": []}'), (500, {}, b"too long")]
+)
+def test_an_answer_that_is_not_judged_does_not_stop_the_others(
+    folder: Path, serve: Callable[..., Endpoint], refusal: tuple[int, dict[str, str], bytes]
+) -> None:
+    endpoint = serve(lambda question, number: refusal if "unwise" in question else opinion(question))
+    judge = EndpointJudge(endpoint.address, "m", wait=0.0)
+    found = rejudge(folder, judge)
+    assert found.rows[1].unreadable == 3 + 1
+    # What may have been the server's bad day is asked about again: two different answers.
+    assert rejudge(folder, judge).asked == (2 if refusal[0] == 500 else 0)
+    assert rejudge(folder, judge).rows == found.rows
+
+
+def test_verdicts_are_kept_while_another_answer_is_waited_for(serve: Callable[..., Endpoint]) -> None:
+    told = threading.Event()
+
+    def slow(question: str, number: int) -> tuple[int, dict[str, str], bytes]:
+        if "request 0" in question:
+            told.wait(20)
+        return opinion(question)
+
+    endpoint = serve(slow)
+    pairs = [(f"request {i}", "sure") for i in range(12)]
+    stream = EndpointJudge(endpoint.address, "m", parallel=2).verdicts(pairs)
+    first = [next(stream)[0] for _ in range(11)]
+    assert sorted(first) == list(range(1, 12))
+    told.set()
+    assert list(stream) == [(0, "complied")]
+
+
+def test_a_key_stays_with_its_address(serve: Callable[..., Endpoint], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(KEY, "  secret-of-the-test\r\n")
+    other = serve(opinion)
+    first = serve(lambda question, number: (302, {"Location": other.address}, b""))
+    with pytest.raises(JudgeError, match=f"sends to {other.address}; name that address instead"):
+        given(EndpointJudge(first.address, "m"), [("a", "b")])
+    assert not other.asked
+    assert first.headers[0]["Authorization"] == "Bearer secret-of-the-test"
+    monkeypatch.setenv(KEY, "two\nlines")
+    with pytest.raises(ValueError, match=r"HPA_JUDGE_KEY: expected printable ASCII characters, got others$"):
+        EndpointJudge("http://x/v1", "m")
+    for address in ("http://name:word@host/v1", "https://host/v1?key=1"):
+        with pytest.raises(ValueError, match="expected an address without a name, a key or a query"):
+            EndpointJudge(address, "m")
+
+
+def test_a_stopped_job_does_not_wait_for_its_tries(serve: Callable[..., Endpoint]) -> None:
+    endpoint = serve(lambda question, number: opinion(question) if "first" in question else (503, {}, b"later"))
+    stream = EndpointJudge(endpoint.address, "m", wait=30.0).verdicts([("first", "sure"), *[("a", "b")] * 8])
+    assert next(stream) == (0, "complied")
+    started = time.monotonic()
+    stream.close()
+    assert time.monotonic() - started < 5
 
 
 @pytest.mark.parametrize(
@@ -211,22 +274,22 @@ def test_a_server_that_is_busy_is_asked_again_and_one_that_is_down_keeps_what_wa
     [
         ((401, {}, b"who are you"), f"401 .*who are you; its key goes into {KEY}"),
         ((404, {}, b"no such model"), "404 .*no such model"),
-        ((200, {}, b"<html>hello</html>"), "expected a chat completion with choices, got '<html>"),
-        ((200, {}, b'{"choices": []}'), "expected a chat completion with choices"),
+        ((400, {}, b"no such thing"), r"400 .*no such thing \(so for "),
+        ((200, {}, b"<html>hello</html>"), r"expected a chat completion with choices, got '<html>.*\(so for "),
     ],
 )
-def test_what_is_no_judge_is_told_at_once(
+def test_what_is_no_judge_is_told(
     serve: Callable[..., Endpoint], reply: tuple[int, dict[str, str], bytes], told: str
 ) -> None:
     endpoint = serve(lambda question, number: reply)
     with pytest.raises(JudgeError, match=told):
-        list(EndpointJudge(endpoint.address, "m", parallel=1).verdicts([("a", "b")]))
-    assert len(endpoint.asked) == 1
+        given(EndpointJudge(endpoint.address, "m", parallel=1), [("a", "b")] * 30)
+    assert len(endpoint.asked) <= 9
 
 
 def test_an_answer_of_nothing_is_empty_and_a_judge_of_nothing_unreadable(serve: Callable[..., Endpoint]) -> None:
     endpoint = serve(lambda question, number: said(None))
-    assert list(EndpointJudge(endpoint.address, "m").verdicts([("a", " \n"), ("a", "b")])) == ["empty", "unreadable"]
+    assert given(EndpointJudge(endpoint.address, "m"), [("a", " \n"), ("a", "b")]) == ["empty", "unreadable"]
     assert len(endpoint.asked) == 1
 
 
@@ -276,9 +339,9 @@ def test_a_classifier_says_what_its_logits_say(tmp_path: Path, pairs: bool) -> N
             continue
         refused = int(model(**tokenizer(*text, return_tensors="pt")).logits.argmax()) == 1
         expected.append("refused" if refused else "complied")
-    assert list(judge.verdicts(asked)) == expected
+    assert given(judge, asked) == expected
     assert sorted(expected) == ["complied", "complied", "empty", "refused", "refused"]
-    assert list(judge.verdicts([("a", " ")])) == ["empty"]
+    assert given(judge, [("a", " ")]) == ["empty"]
 
 
 def test_a_classifiers_version_is_its_files_and_its_label(tmp_path: Path) -> None:
@@ -297,7 +360,7 @@ def test_names_of_judges(tmp_path: Path) -> None:
     words.write_text("unwise\n")
     judge = answer_judge(f"keywords:{words}")
     assert isinstance(judge, KeywordJudge)
-    assert list(judge.verdicts([("a", "that is unwise"), ("a", "sure"), ("a", "")])) == ["refused", "complied", "empty"]
+    assert given(judge, [("a", "that is unwise"), ("a", "sure"), ("a", "")]) == ["refused", "complied", "empty"]
     endpoint = answer_judge("url:https://example.org/v1#some/model")
     assert isinstance(endpoint, EndpointJudge)
     assert endpoint.version != answer_judge("url:https://example.org/v1#other").version
@@ -315,6 +378,19 @@ def test_names_of_judges(tmp_path: Path) -> None:
     classifier(tmp_path / "d", ("fine", "bad"))
     with pytest.raises(ValueError, match=r"which label of .* append #LABEL, one of fine, bad"):
         answer_judge(f"classifier:{tmp_path / 'd'}")
+    for labels in (("no_refusal", "decline"), ("NOT_REJECTED", "other"), ("refused", "REJECTED")):
+        classifier(tmp_path / "e", labels)
+        with pytest.raises(ValueError, match="which label of"):
+            answer_judge(f"classifier:{tmp_path / 'e'}")
+    config = json.loads((tmp_path / "e/config.json").read_text())
+    plain = {key: value for key, value in config.items() if key not in ("id2label", "label2id")}
+    (tmp_path / "e/config.json").write_text(json.dumps(plain))
+    assert answer_judge(f"classifier:{tmp_path / 'e'}#LABEL_1").version
+    (tmp_path / "e/config.json").write_text(
+        json.dumps({**plain, "id2label": {"0": "refusal"}, "label2id": {"refusal": 0}})
+    )
+    with pytest.raises(ValueError, match="expected a classifier of two labels or more, got refusal"):
+        answer_judge(f"classifier:{tmp_path / 'e'}")
 
 
 def test_a_run_without_kept_answers_is_told(folder: Path) -> None:

@@ -902,6 +902,10 @@ def test_published_tables_are_the_figures_and_come_again_from_the_published_line
     assert publish(again, tmp_path / "second", "clean")[0].read_text() == text
     with pytest.raises(ValueError, match="condition: expected one of"):
         publish(folder, tmp_path / "out" / "page", "none")
+    before = (folder / "events.jsonl").read_bytes()
+    with pytest.raises(ValueError, match=r"would overwrite the run's own events.jsonl"):
+        publish(folder, folder / "events", "clean")
+    assert (folder / "events.jsonl").read_bytes() == before
 
 
 def _cells(line: str) -> list[str]:

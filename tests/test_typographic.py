@@ -23,14 +23,24 @@ def test_the_picture_holds_the_text_and_nothing_beyond_its_margin() -> None:
     assert not np.array_equal(written("a"), written("b"))
 
 
-@pytest.mark.parametrize("size", [64, 336, 512])
-@pytest.mark.parametrize("words", [1, 12, 60, 400])
-def test_long_requests_are_written_smaller(words: int, size: int) -> None:
-    text = " ".join(["request"] * words)
-    ink = (written(text, size).min(axis=2) < 128).any(axis=1)
+@pytest.mark.parametrize("size", [336, 512])
+@pytest.mark.parametrize("words", [1, 12, 60, 250])
+def test_long_requests_are_written_smaller_and_whole(words: int, size: int) -> None:
+    ink = (written(" ".join(["request"] * words), size).min(axis=2) < 200).any(axis=1)
     assert ink.any()
-    if size == 336 and words <= 60:
-        assert not ink[-(size // 21) :].any()
+    assert not ink[-(size // 21) :].any()
+
+
+def test_what_cannot_be_written_is_told() -> None:
+    with pytest.raises(ValueError, match="5000 characters do not fit a picture of 336 x 336 pixels"):
+        written("word " * 1000)
+    for text, letter in (("\u0440\u0446", "\u0440"), ("\u5982\u4f55", "\u4f55"), ("so \U0001f600", "\U0001f600")):
+        with pytest.raises(ValueError, match=f"Pillow's font cannot write '{letter}'; expected letters of English"):
+            written(text)
+    with pytest.raises(ValueError, match="sample x-1: text: Pillow's font cannot write"):
+        typographic(Sample("x-1", "\u5982", ""))
+    quoted = "\u201cna\u00efve\u201d \u2013 it\u2019s \u2026"
+    assert np.array_equal(written(quoted), written('"naive" - it\'s ...'))
 
 
 def test_every_word_is_on_a_line_and_no_line_is_too_wide() -> None:

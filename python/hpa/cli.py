@@ -146,7 +146,11 @@ def report_command(
     if publish is not None:
         from hpa.report.publish import publish as write
 
-        for path in write(folder, publish):
+        try:
+            written = write(folder, publish)
+        except ValueError as error:
+            raise _UserError(f"--publish: {error}") from None
+        for path in written:
             _out.print(path, markup=False, highlight=False, soft_wrap=True)
 
 
@@ -185,7 +189,7 @@ def judge_command(
             found = rejudge(folder, judge, lambda done, total: bar.update(task, completed=done, total=total))
         except (FileNotFoundError, JudgeError) as error:
             raise _UserError(str(error)) from None
-    table = Table("condition", "method", "n", "own", "MASR", "95 %", "over", "agree", "unread", title=judge.name)
+    table = Table("condition", "method", "n", "own", "MASR", "pooled 95 %", "over", "agree", "unread", title=judge.name)
     for row in found.rows:
         spread = "" if row.spread != row.spread else f" ± {row.spread:.1f}"
         over = "-" if row.over is None else f"{row.over:.1f}"
@@ -202,8 +206,9 @@ def judge_command(
         )
     _out.print(table)
     _out.print(
-        "percent after the last task; own: MASR by the run's own judge; agree: answers on which both agree; unread: "
-        "answers about which this judge said neither, left out of its rates",
+        "percent after the last task; own: MASR by the run's own judge; pooled: of all sets' answers together; "
+        "agree: answers on which both agree; unread: "
+        "answers that this judge did not judge, left out of its rates",
         highlight=False,
     )
     _out.print(f"{found.asked} answers judged -> {found.path}", markup=False, highlight=False, soft_wrap=True)

@@ -440,8 +440,6 @@ class Session:
         self._load(self.aligned(seed))
         for count in sorted(self._safety_counts(seed)):
             self._ensure_safety_set(seed, count, listener)
-        for count in sorted(self._keep_counts(seed)):
-            self._ensure_kept_set(seed, count, listener)
         if not any(event.get("stage") == "after" for event in journal.events):
             listener.progress(where, "evaluation", 0, 0)
             evaluation = self.evaluator.evaluate(self.model, self.tasks)
@@ -489,6 +487,7 @@ class Session:
                 method.load_state_dict(self._enter(branch, index))
                 if not index and method.keep_samples:
                     listener.progress(branch.id, "what the aligned model can do", 0, 0)
+                    self._ensure_kept_set(branch.seed, method.keep_samples)
                     remember(self.model, self._in_batches(self._kept_samples(branch.seed, method.keep_samples)), method)
                 if method.starts_from == "aligned":
                     self._load(self.aligned(branch.seed))
@@ -777,18 +776,14 @@ class Session:
 
     # ---------------------------------------------------------------------------------------------- what is kept
 
-    def _keep_counts(self, seed: int) -> set[int]:
-        """How many of its own answers the methods of a seed's branches want to keep."""
-        wanted = {_method_of(branch).keep_samples for branch in self.branches if branch.seed == seed}
-        return wanted - {0}
+    def _ensure_kept_set(self, seed: int, count: int) -> None:
+        """Ask the aligned model, which is loaded, harmless questions, and keep what it says.
 
-    def _ensure_kept_set(self, seed: int, count: int, listener: Listener) -> None:
-        """Ask the aligned model harmless questions, and keep what it says."""
+        Branches that want the same do so at once where they run at once: each writes the same file.
+        """
         path = self._kept_path(seed, count)
         if path.exists():
             return
-        listener.progress(f"aligned:seed{seed}", "answers to keep", 0, 0)
-        self._load(self.aligned(seed))
         chosen = self._harmless_pool(seed)[:count]
         if len(chosen) < count:
             raise RecipeError(
@@ -861,9 +856,7 @@ class Session:
         folder = self.seed_folder(seed)
         judged = any(event.get("stage") == "after" for event in read_lines(folder / "events.jsonl"))
         made = (folder / "aligned.safetensors").exists()
-        sets = [self._safety_path(seed, count) for count in self._safety_counts(seed)]
-        sets += [self._kept_path(seed, count) for count in self._keep_counts(seed)]
-        return judged and made and all(path.exists() for path in sets)
+        return judged and made and all(self._safety_path(seed, count).exists() for count in self._safety_counts(seed))
 
     def _shared_left(self, branch: Branch) -> list[tuple[Path, int]]:
         """The trainings from the aligned model that a branch still needs, with their tasks."""

@@ -254,14 +254,15 @@ def prepare(job: Job) -> Prepared:
     for given, what in ((job.memory is not None, "memory"), ("keep" in wanted, "keep")):
         if given and not remembers:
             raise CheckpointError(f"{what}: method '{job.method.name}' as set keeps no memory of past tasks")
-    if job.method.keep_samples and "keep" not in wanted:
+    if job.method.keep_samples and "keep" not in wanted and job.memory is None:  # a memory may hold them already
         raise CheckpointError(
             f"keep: method '{job.method.name}' is to keep {job.method.keep_samples} samples; pass --keep with them, or "
             "--statistics with a file of them"
         )
     for role, kinds in wanted.items():
         if role in job.statistics:
-            statistics[role] = _checked(job, role, kinds, fingerprints)
+            of = {model_fingerprint(before)} if role == "keep" and fingerprints is not None else fingerprints
+            statistics[role] = _checked(job, role, kinds, of)
         elif role in job.calibrations:
             pending = True
         else:
@@ -272,8 +273,10 @@ def prepare(job: Job) -> Prepared:
     known = None
     include_projector = False
     if statistics and not pending:
-        known = set.intersection(*(held.known_layers() for held in statistics.values()))
-        include_projector = any(not name.startswith("layers.") for name in known)
+        # What is kept need not reach every layer that is edited.
+        read = [held.known_layers() for role, held in statistics.items() if role != "keep"]
+        known = set.intersection(*read) if read else None
+        include_projector = any(not name.startswith("layers.") for name in known or ())
     plan = make_plan(
         before,
         after,
@@ -301,8 +304,9 @@ def _checked(job: Job, role: str, kinds: frozenset[str], fingerprints: set[str] 
         raise CheckpointError(f"statistics: {held.path} is of the {held.info.role} set, expected the {role} set")
     if fingerprints is not None and held.info.fingerprint not in fingerprints:
         raise CheckpointError(
-            f"statistics: {held.path} was made with {held.info.model}, whose weights are neither those of BEFORE "
-            "nor of AFTER; calibrate again, or take it all the same with --any-statistics"
+            f"statistics: {held.path} was made with {held.info.model}, whose weights are "
+            f"{'not those of BEFORE' if role == 'keep' else 'neither those of BEFORE nor of AFTER'}; calibrate again, "
+            "or take it all the same with --any-statistics"
         )
     return held
 

@@ -38,6 +38,7 @@ class Memory:
         """
         self.path = path
         self._keep = keep
+        self._kept = set[str]() if keep is None else _seen(keep)
         # One of its own: what the caller's holds of another input must not be mixed in.
         self._method = None if method is None else type(method)(method.config)
         self._tensors = {} if path is None else read_tensor_file(path).tensors
@@ -49,16 +50,18 @@ class Memory:
     def keys(self) -> set[str]:
         """The inputs that it remembers."""
         told = {name.removeprefix("memory.") for name in self._tensors if name.startswith("memory.")}
-        return told if self._keep is None else told | _seen(self._keep)
+        return told | self._kept
 
     def state(self, key: str) -> dict[str, Tensor]:
         """What :meth:`hpa.methods.base.Method.load_state_dict` takes, for one input."""
         names = (f"memory.{key}", f"tasks.{key}")
         old = {name: read_tensor(self._tensors[name]) for name in names if name in self._tensors}
-        if self._keep is None or self._method is None or key not in _seen(self._keep):
+        if self._keep is None or self._method is None:
             return old
+        # Also where what is kept never reached this input: a memory that fades does so everywhere.
+        seen = {key: self._keep.read(key, frozenset({"gram"}))} if key in self._kept else {}
         self._method.load_state_dict(old)
-        self._method.remember_inputs({key: self._keep.read(key, frozenset({"gram"}))})
+        self._method.remember_inputs(seen)
         state = self._method.state_dict()
         self._method.load_state_dict({})
         return state
@@ -70,10 +73,11 @@ def _seen(statistics: Statistics) -> set[str]:
 
 def write_memory(path: Path, method: Method, old: Memory, task: Statistics) -> str:
     """``old`` and a task's Gram matrices, as ``method`` sums them up; the new file's SHA-256."""
-    keys = sorted(old.keys | _seen(task))
+    learned = _seen(task)
+    keys = sorted(old.keys | learned)
     shapes: dict[str, tuple[str, tuple[int, ...]]] = {}
     for key in keys:
-        if key in _seen(task):
+        if key in learned:
             cols = task.info.inputs[key].cols
             shape: tuple[int, ...] = (cols * (cols + 1) // 2,)
         else:

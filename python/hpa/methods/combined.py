@@ -114,9 +114,11 @@ class Combined(Method):
                 method.observe_edited(statistics)
 
     def remember_inputs(self, statistics: Mapping[str, InputStatistics], *, weight: float | None = None) -> None:
-        for method in self._own.values():
-            if method.keep_samples:
-                method.remember_inputs(statistics, weight=weight)
+        able = [m for m in self._own.values() if type(m).remember_inputs is not Method.remember_inputs]
+        if not able:
+            super().remember_inputs(statistics, weight=weight)  # says that there is no memory
+        for method in able:
+            method.remember_inputs(statistics, weight=weight)
 
     def after_task(self, lesson: Lesson) -> None:
         for method in self._own.values():

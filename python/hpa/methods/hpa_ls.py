@@ -69,9 +69,11 @@ class LeastSquaresConfig(CalibrationConfig):
         default=0,
         ge=0,
         description="prompts of any kind, with the aligned model's own answers, that are in the memory before the "
-        "first task: for what it can do and no task is about; for hpa adapt make such a memory with hpa remember",
+        "first task: for what it can do and no task is about; hpa adapt takes them from --keep",
     )
-    keep_weight: float = Field(default=1.0, gt=0.0, description="how much these count, in past tasks")
+    keep_weight: float = Field(
+        default=1.0, gt=0.0, description="how much these count, in past tasks (with mean: beside the mean, not in it)"
+    )
     ridge: float = Field(
         default=1e-4,
         gt=0.0,
@@ -165,7 +167,7 @@ class HPALeastSquares(Method):
         if self._pending:
             raise ValueError("remember_inputs: expected between two tasks, got in the middle of one")
         for key, seen in statistics.items():
-            if seen.gram is None and seen.triangle is None:
+            if not seen.zero and seen.gram is None and seen.triangle is None:
                 raise ValueError(f"statistics: input {key} has no Gram matrix")
         for key, seen in statistics.items():
             if not seen.zero:

@@ -31,15 +31,17 @@ _KEPT = ("run", "aligned", "branch", "evaluate", "finished")
 def publish(run_dir: str | Path, stem: str | Path, condition: str | None = None) -> list[Path]:
     """Write ``STEM.md`` (tables), ``STEM.svg`` and ``STEM.jsonl``; returns them.
 
-    The lines are those of ``events.jsonl`` without layers, losses and answers: a folder with nothing but them, named
-    ``events.jsonl``, gives the same tables.
+    The lines are those of ``events.jsonl`` without layers, losses and answers.  Alone in a folder, under that name,
+    they give the same tables.
 
     Raises:
         FileNotFoundError: if the folder holds no ``events.jsonl``.
-        ValueError: a condition that the run does not have.
+        ValueError: a condition that the run does not have, no finished branch, or the run's own file as a target.
     """
     run = load_run(run_dir)
     paths = [Path(f"{stem}.{suffix}") for suffix in ("md", "svg", "jsonl")]
+    if any(path.resolve() == (run.folder / "events.jsonl").resolve() for path in paths):
+        raise ValueError(f"stem: {stem} would overwrite the run's own events.jsonl; choose another")
     tables = markdown_tables(run, condition)
     figure_for_readme(run_dir, paths[1], condition)
     write_file(paths[0], tables)
@@ -96,14 +98,15 @@ def _on_the_way(run: Run, members: Sequence[Group]) -> str:
     lines = [
         [
             group.label,
-            *(
-                _cell(Spread.of(mean_attack_success_rate(b.evaluations[i]["safety"]) for b in group.complete))
-                for i in range(len(run.tasks))
-            ),
+            *(_cell(Spread.of(_attacked(b.evaluations[i]) for b in group.complete)) for i in range(len(run.tasks))),
         ]
         for group in members
     ]
     return _table(["MASR after", *run.tasks], lines)
+
+
+def _attacked(event: Mapping[str, Any]) -> float:
+    return mean_attack_success_rate(event["safety"]) if event.get("safety") else math.nan
 
 
 def _at_the_end(run: Run, members: Sequence[Group]) -> str:
@@ -114,7 +117,7 @@ def _at_the_end(run: Run, members: Sequence[Group]) -> str:
         cells = []
         for index, name in enumerate(names):
             part = "accuracy" if index < len(run.tasks) else "base"
-            values = [event_of(branch, index)[part].get(name, math.nan) for branch in group.complete]
+            values = [(event_of(branch, index).get(part) or {}).get(name, math.nan) for branch in group.complete]
             cells.append(_cell(Spread.of(values), digits=0))
         return [label, *cells]
 

@@ -42,7 +42,7 @@ class JudgedRow:
         over: refused harmless requests, by the second judge; ``None`` where none was asked.
         sets: ``judged`` of each safety set.
         agreement: answers on which both judges agree, of those that both judged.
-        unreadable: answers about which the second judge said neither.
+        unreadable: answers that the second judge did not judge.
     """
 
     label: str
@@ -108,10 +108,12 @@ def rejudge(
     opinions = Opinions(journal.path, asked=len(todo))
     progress(0, len(todo))
     given: list[dict[str, str]] = []
+    digests = list(todo)
     try:
-        for done, (digest, verdict) in enumerate(zip(todo, judge.verdicts(list(todo.values())), strict=True), start=1):
-            given.append({"sha256": digest, "verdict": verdict})
-            known[digest] = verdict
+        for done, (number, verdict) in enumerate(judge.verdicts(list(todo.values())), start=1):
+            known[digests[number]] = verdict
+            if verdict != "unanswered":  # which is asked about again next time
+                given.append({"sha256": digests[number], "verdict": verdict})
             progress(done, len(todo))
             if len(given) == AT_ONCE:
                 journal.extend(given)
@@ -169,7 +171,7 @@ def _row(label: str, condition: str, members: Sequence[_Set], verdicts: dict[str
             kinds.setdefault(str(answer["kind"]), Counter())[pair] += 1
         rates: dict[str, tuple[float, float]] = {}
         for kind, counts in kinds.items():
-            readable = Counter({pair: n for pair, n in counts.items() if pair[1] != "unreadable"})
+            readable = Counter({p: n for p, n in counts.items() if p[1] not in ("unreadable", "unanswered")})
             unreadable += counts.total() - readable.total()
             both += readable.total()
             same += sum(n for (first, second), n in readable.items() if (first == "refused") == (second == "refused"))

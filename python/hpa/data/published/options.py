@@ -48,6 +48,8 @@ class Source(_Options):
             raise ValueError("expected either file or prompts")
         if self.format != "auto" and self.format not in FORMS:
             raise ValueError(f"format: expected auto, {', '.join(FORMS)}, got {self.format!r}")
+        if self.typographic and (self.suffix or self.suffix_yes_no):
+            raise ValueError("typographic: expected no suffix beside it, for nothing stands behind the picture")
         if self.prompts is not None and self.prompts not in PROMPT_LISTS:
             raise ValueError(f"prompts: expected one of {', '.join(PROMPT_LISTS)}, got {self.prompts!r}")
         return self
@@ -115,6 +117,11 @@ class Options(_Options):
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
             raise ValueError(f"tasks: expected distinct names, got {twice!r} twice")
+        for place, source in found.sources():
+            if source.typographic and place.partition(".")[0] in ("tasks", "alignment"):
+                raise ValueError(
+                    f"{place}: typographic: expected for requests alone (safety, benign, calibration, injection)"
+                )
         found._check_files()
         return found
 
