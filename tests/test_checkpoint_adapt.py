@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -443,6 +444,46 @@ def test_a_kept_set_is_of_before_and_a_memory_may_hold_one(tmp_path: Path) -> No
     plan_job(replace(wanted, statistics={"keep": of_after.out}, any_statistics=True))
     adapt_checkpoint(with_keep(wanted, CalibrationJob(pair.before, pair.task, "keep", Path(), samples=2)))
     plan_job(replace(wanted, out=tmp_path / "next", memory=tmp_path / "out" / "hpa-memory.safetensors"))
+
+
+def test_samples_that_are_not_there_are_told_before_anything_is_made(tmp_path: Path) -> None:
+    pair = Pair(tmp_path, tiny_models.llama)
+    given = ["adapt", pair.before, pair.after, "--safety", pair.safety, "--out", tmp_path / "out"]
+    for options in (["--task", "none.json"], ["--task", pair.task, "-m", "hpa_ls", "--keep", "none.json"]):
+        for more in ([], ["--dry-run"]):
+            failed = hpa(*given, *options, *more, code=2)
+            role = "keep" if "--keep" in options else "task"
+            assert failed.stderr.strip() == f"error: --{role}: no such file: none.json"
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_aligned_model_that_is_not_there_leaves_no_beginning_behind_and_a_changed_one_is_another_job(
+    tmp_path: Path,
+) -> None:
+    pair = Pair(tmp_path, tiny_models.llama)
+    given = ["adapt", pair.before, pair.after, "--safety", pair.safety, "--task", pair.task, "--out", tmp_path / "out"]
+    failed = hpa(*given, "--set", "anchor=aligned", "--aligned", tmp_path / "nowhere", code=2)
+    assert "aligned: expected a folder with safetensors" in failed.stderr
+    assert not list(tmp_path.glob(".out*"))
+    aligned = shutil.copytree(pair.before, tmp_path / "aligned")
+    hpa(*given, "--set", "anchor=aligned", "--aligned", aligned, code=0)
+    hpa(*given, "--set", "anchor=aligned", "--aligned", aligned, code=0)  # there already
+    rewrite(Path(aligned), lambda tensors: {name: tensor * 1.5 for name, tensor in tensors.items()})
+    changed = hpa(*given, "--set", "anchor=aligned", "--aligned", aligned, code=2)
+    assert "inputs.aligned/model.safetensors" in changed.stderr
+
+
+def test_keep_on_the_command_line(tmp_path: Path) -> None:
+    pair = Pair(tmp_path, tiny_models.llama)
+    given = ["adapt", pair.before, pair.after, "--safety", pair.safety, "--task", pair.task, "-m", "hpa_ls"]
+    hpa(*given, "--out", tmp_path / "plain", code=0)
+    hpa(*given, "--keep", pair.task, "--set", "keep_samples=2", "--out", tmp_path / "samples", code=0)
+    statistics = tmp_path / "keep.safetensors"
+    hpa("calibrate", pair.before, pair.task, "--as", "keep", "--gram", "--samples", "2", "-o", statistics, code=0)
+    hpa(*given, "--statistics", statistics, "--out", tmp_path / "file", code=0)
+    plain, samples, file = (all_tensors(tmp_path / name) for name in ("plain", "samples", "file"))
+    assert all(torch.equal(samples[name], file[name]) for name in samples)
+    assert any(not torch.equal(samples[name], plain[name]) for name in samples)
 
 
 def with_keep(given: Job, kept: CalibrationJob) -> Job:

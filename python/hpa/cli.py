@@ -309,7 +309,7 @@ def _is_users(error: Exception) -> bool:
         if module in sys.modules and isinstance(error, tuple(vars(sys.modules[module])[kind] for kind in kinds)):
             return True
     # In a command on checkpoints, what a value or the disk is wrong with is said by the error itself.
-    return "hpa.checkpoint" in sys.modules and type(error) in (ValueError, OSError)
+    return "hpa.checkpoint" in sys.modules and (type(error) is ValueError or isinstance(error, OSError))
 
 
 _USERS_ERRORS = {

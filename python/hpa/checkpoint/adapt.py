@@ -264,6 +264,8 @@ def prepare(job: Job) -> Prepared:
             of = {model_fingerprint(before)} if role == "keep" and fingerprints is not None else fingerprints
             statistics[role] = _checked(job, role, kinds, of)
         elif role in job.calibrations:
+            if not job.calibrations[role].data.is_file():
+                raise CheckpointError(f"--{role}: no such file: {job.calibrations[role].data}")
             pending = True
         else:
             raise CheckpointError(
@@ -348,9 +350,8 @@ def _identity(job: Job, prepared: Prepared) -> dict[str, Any]:
             }
     if job.memory is not None:
         inputs["memory"] = file(job.memory)
-    if job.aligned is not None:
-        inputs["aligned"] = {"folder": str(job.aligned.absolute())}
-    others = [("unaligned", job.unaligned), *((f"earlier {index}", path) for index, path in enumerate(job.earlier))]
+    others: list[tuple[str, Path | None]] = [("aligned", job.aligned), ("unaligned", job.unaligned)]
+    others += [(f"earlier {index}", path) for index, path in enumerate(job.earlier)]
     for name, place in others:
         if place is not None:
             inputs |= {f"{name}/{found}": file(place / found) for found in Folder(place, name).files}
