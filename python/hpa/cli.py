@@ -176,7 +176,7 @@ def judge_command(
     """
     from rich.progress import Progress
 
-    from hpa.evaluation.answer_judges import JudgeError, answer_judge
+    from hpa.evaluation.answer_judges import answer_judge
     from hpa.report.rejudge import rejudge
 
     try:
@@ -187,7 +187,7 @@ def judge_command(
         task = bar.add_task("answers", total=None)
         try:
             found = rejudge(folder, judge, lambda done, total: bar.update(task, completed=done, total=total))
-        except (FileNotFoundError, JudgeError) as error:
+        except FileNotFoundError as error:
             raise _UserError(str(error)) from None
     table = Table("condition", "method", "n", "own", "MASR", "pooled 95 %", "over", "agree", "unread", title=judge.name)
     for row in found.rows:
@@ -318,6 +318,7 @@ _USERS_ERRORS = {
     "hpa.data.packaged": ("MissingPackageError",),
     "hpa.checkpoint.files": ("CheckpointError",),
     "hpa.data.files": ("DataError",),
+    "hpa.evaluation.answer_judges": ("JudgeError",),
     "hpa_ext": ("FactorizationError",),
 }
 

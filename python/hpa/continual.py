@@ -487,7 +487,6 @@ class Session:
                 method.load_state_dict(self._enter(branch, index))
                 if not index and method.keep_samples:
                     listener.progress(branch.id, "what the aligned model can do", 0, 0)
-                    self._ensure_kept_set(branch.seed, method.keep_samples)
                     remember(self.model, self._in_batches(self._kept_samples(branch.seed, method.keep_samples)), method)
                 if method.starts_from == "aligned":
                     self._load(self.aligned(branch.seed))
@@ -776,36 +775,33 @@ class Session:
 
     # ---------------------------------------------------------------------------------------------- what is kept
 
-    def _ensure_kept_set(self, seed: int, count: int) -> None:
-        """Ask the aligned model, which is loaded, harmless questions, and keep what it says.
+    def _kept_samples(self, seed: int, count: int) -> list[Sample]:
+        """Harmless prompts with what the aligned model, which is loaded, says to them; asked once and kept.
 
         Branches that want the same do so at once where they run at once: each writes the same file.
         """
-        path = self._kept_path(seed, count)
-        if path.exists():
-            return
-        chosen = self._harmless_pool(seed)[:count]
-        if len(chosen) < count:
-            raise RecipeError(
-                f"keep_samples: expected at most the {len(chosen)} harmless prompts that alignment has, got {count}"
-            )
-        said = self._generate(self.model, chosen)
-        lines = [
-            {"id": sample.id, "sha256": _digest_of_prompt(sample), "answer": answer}
-            for sample, answer in zip(chosen, said, strict=True)
-        ]
-        write_file(path, "".join(map(dump_line, lines)))
-
-    def _kept_samples(self, seed: int, count: int) -> list[Sample]:
-        pool = {_digest_of_prompt(sample): sample for sample in self._harmless_pool(seed)}
-        kept = []
-        for line in read_lines(self._kept_path(seed, count)):
-            if line["sha256"] not in pool:
-                raise RunFolderError(
-                    f"{self._kept_path(seed, count)}: alignment has no prompt {line['id']!r} as it was when this run "
-                    "began; put the files back as they were, or choose another --out"
+        path, pool = self._kept_path(seed, count), self._harmless_pool(seed)
+        if not path.exists():
+            chosen = pool[:count]
+            if len(chosen) < count:
+                raise RecipeError(
+                    f"keep_samples: expected at most the {len(chosen)} harmless prompts that alignment has, got {count}"
                 )
-            kept.append(replace(pool[line["sha256"]], answer=line["answer"]))
+            said = self._generate(self.model, chosen)
+            lines = [
+                {"id": sample.id, "sha256": _digest_of_prompt(sample), "answer": answer}
+                for sample, answer in zip(chosen, said, strict=True)
+            ]
+            write_file(path, "".join(map(dump_line, lines)))
+        known = {_digest_of_prompt(sample): sample for sample in pool}
+        kept = []
+        for line in read_lines(path):
+            if line["sha256"] not in known:
+                raise RunFolderError(
+                    f"{path}: alignment has no prompt {line['id']!r} as it was when this run began; put the files back "
+                    "as they were, or choose another --out"
+                )
+            kept.append(replace(known[line["sha256"]], answer=line["answer"]))
         return kept
 
     def _harmless_pool(self, seed: int) -> list[Sample]:

@@ -130,6 +130,21 @@ class Run:
     def seeds(self) -> list[int]:
         return sorted({branch.seed for branch in self.branches} | {seed for seed, _ in self.aligned})
 
+    def condition(self, name: str | None = None) -> str:
+        """``name``, or the first condition where it is ``None``.
+
+        Raises:
+            ValueError: no such condition.
+        """
+        chosen = name if name is not None else next(iter(self.conditions), None)
+        if chosen is None or chosen not in self.conditions:
+            raise ValueError(f"condition: expected one of {self.conditions}, got {chosen!r}")
+        return chosen
+
+    def aligned_at(self, stage: str) -> dict[int, Event]:
+        """Seed to the evaluation ``"before"`` or ``"after"`` alignment, in the order of seeds."""
+        return {seed: event for (seed, kind), event in sorted(self.aligned.items()) if kind == stage}
+
     def complete(self, branch: Branch) -> bool:
         """Whether every task of the sequence has been learned and evaluated."""
         return bool(self.tasks) and set(range(len(self.tasks))) <= set(branch.evaluations)

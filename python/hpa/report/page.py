@@ -73,9 +73,7 @@ def figure_for_readme(
     run, target = load_run(run_dir), Path(path)
     if target.suffix != ".svg":
         raise ValueError(f"path: expected a name that ends in .svg, got {target.name!r}")
-    chosen = condition if condition is not None else next(iter(run.conditions), None)
-    if chosen is None or chosen not in run.conditions:
-        raise ValueError(f"condition: expected one of {run.conditions}, got {chosen!r}")
+    chosen = run.condition(condition)
     known = [group.label for group in groups(run, chosen)]
     for label in labels or ():
         if label not in known:

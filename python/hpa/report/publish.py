@@ -51,9 +51,7 @@ def publish(run_dir: str | Path, stem: str | Path, condition: str | None = None)
 
 def markdown_tables(run: Run, condition: str | None = None) -> str:
     """Methods, safety sets, attacks on the way, and accuracy at the end, for one condition (the first unless named)."""
-    chosen = condition if condition is not None else next(iter(run.conditions), None)
-    if chosen is None or chosen not in run.conditions:
-        raise ValueError(f"condition: expected one of {run.conditions}, got {chosen!r}")
+    chosen = run.condition(condition)
     members = [group for group in groups(run, chosen) if group.complete]
     parts = [_methods(run, chosen), _sets(run, members), _on_the_way(run, members), _at_the_end(run, members)]
     return "\n".join(parts)
@@ -86,7 +84,7 @@ def _sets(run: Run, members: Sequence[Group]) -> str:
             )
         return found
 
-    lines = [[ALIGNED, *cells([event for (_, stage), event in sorted(run.aligned.items()) if stage == "after"])]]
+    lines = [[ALIGNED, *cells(list(run.aligned_at("after").values()))]]
     lines += [
         [group.label, *cells([last for b in group.complete if (last := b.last()) is not None])] for group in members
     ]
@@ -134,7 +132,7 @@ def _at_the_end(run: Run, members: Sequence[Group]) -> str:
 
 def _aligned_skill(run: Run, name: str) -> str:
     """A skill of the aligned model."""
-    events = [event for (_, stage), event in sorted(run.aligned.items()) if stage == "after"]
+    events = run.aligned_at("after").values()
     return _cell(Spread.of((event.get("base") or {}).get(name, math.nan) for event in events), digits=0)
 
 

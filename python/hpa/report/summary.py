@@ -229,7 +229,7 @@ def branch_metrics(run: Run, branch: Branch) -> dict[str, float]:
 
 def aligned_row(run: Run, stage: str = "after", label: str = ALIGNED) -> SummaryRow:
     """The model before the first task; AP is its accuracy on the tasks it has not learned yet."""
-    events = {seed: event for (seed, kind), event in sorted(run.aligned.items()) if kind == stage}
+    events = run.aligned_at(stage)
     measured = [
         {
             "AP": _mean([_float((event.get("accuracy") or {}).get(task)) for task in run.tasks]),
