@@ -9,7 +9,7 @@
 //              scratch, and those are scaled and added to gram: rounding grows with 258 + tokens / 512 terms, not with
 //              tokens.  The scale is applied to sums, so that bfloat16 activations are not rounded a second time.
 // bfloat16     on a CPU with AMX, or AMD's with AVX512_BF16, is multiplied as it is, in pairs, sums in float32: at most
-//              512 tokens in registers, four such sums in scratch.  Those units take numbers below 2^-126 for zero
+//              256 tokens in registers, four such sums in scratch.  Those units take numbers below 2^-126 for zero
 //              (isa/amx.cpp).  float16 has too many bits for them: it takes the float32 route, as everywhere else.
 // Bytes moved  x once (minimum: once).  The lower half of gram is read and written once for each 512 tokens, 1024 in
 //              pairs (minimum: once a call); at 4096 columns that is 64 MB beside 4.3 billion multiply-adds.

@@ -28,6 +28,9 @@ namespace {
 
 constexpr std::int64_t kPairPanel = kPanel<float>;
 constexpr std::int64_t kPairRound = 1;
+// 256 values: a panel takes 24 KB of a first-level cache of 32 KB.
+constexpr std::int64_t kPairDepth = 128;
+constexpr std::int64_t kPairBlock = 192;
 #include "pairs.inl"
 
 struct Pairs {
@@ -46,9 +49,9 @@ struct Pairs {
 
 const Product<std::uint32_t, float> avx512bf16_pairs = {
     avx512bf16::kPairPanel,
-    avx512bf16::kPanelDepth<float>,
+    avx512bf16::kPairDepth,
     avx512bf16::kPairRound,
-    avx512bf16::kBlock<float>,
+    avx512bf16::kPairBlock,
     {nullptr, nullptr, avx512bf16::pack_pairs, nullptr},
     avx512bf16::turn<std::uint32_t>,
     avx512bf16::multiply<avx512bf16::Pairs>,

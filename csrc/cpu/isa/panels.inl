@@ -8,15 +8,14 @@ constexpr int kDown = HPA_TILE_ROWS;
 template <class T>
 constexpr std::int64_t kPanel = kAcross * Vector<T>::width;
 
-// Depth of one sum in registers: a panel of that depth fills three quarters of a first-level cache of 32 KB.
-template <class T>
-constexpr std::int64_t kFullDepth = 24576 / (kPanel<T> * static_cast<std::int64_t>(sizeof(T)));
-template <class T>
-constexpr std::int64_t kPanelDepth = kFullDepth<T> < 256 ? kFullDepth<T> : 256;
+// Depth of one sum in registers.  A panel of AVX-512 then takes 48 KB, more than a first-level cache may have: a tile reads
+// 192 bytes of it for 24 multiply-adds, which a second-level cache serves.
+constexpr std::int64_t kPanelDepth = 256;
 
-// Lanes of a block of the result: at kPanelDepth its rows take 200 KB of a second-level cache, its sums 150 KB or less.
+// Lanes of a block of the result: at kPanelDepth its rows and its sums take 350 KB of a second-level cache, 630 KB with
+// AVX-512, where such a cache has 1 MB.
 template <class T>
-constexpr std::int64_t kBlock = 768 / static_cast<std::int64_t>(sizeof(T));
+constexpr std::int64_t kBlock = (HPA_VECTOR_BYTES == 64 ? 1152 : 768) / static_cast<std::int64_t>(sizeof(T));
 
 // What a tile multiplies.  Elements of T: a vector of sums gains the element a times each of b.
 template <class T>
@@ -160,7 +159,7 @@ template <class T>
 constexpr Product<T, T> make_product() {
   return {
       kPanel<T>,
-      kPanelDepth<T>,
+      kPanelDepth,
       1,
       kBlock<T>,
       {pack<F32, T>, pack<F64, T>, pack<Bf16, T>, pack<F16, T>},
