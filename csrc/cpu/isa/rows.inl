@@ -86,6 +86,13 @@ HPA_INLINE void read_pair(const typename Format::Bits* from, V<T>& first, V<T>& 
   }
 }
 
+// Asks for what comes later in a row of 16-bit elements, which are used up faster than the prefetchers of a core with
+// AVX-512 bring eight rows: worth a sixth there.  Rows of float32 keep them busy anyway.
+template <class Bits>
+HPA_INLINE void fetch_pair(const Bits* row) {
+  if constexpr (HPA_VECTOR_BYTES == 64 && sizeof(Bits) == 2) fetch_ahead(row, kFetchBytes);
+}
+
 // Whether rows of that format can be read without a conversion beforehand.
 template <class Format, class T>
 constexpr bool kReadable =
@@ -109,6 +116,7 @@ HPA_INLINE void add_dots_of(const typename Format::Bits* const* rows, const T* x
 #pragma GCC unroll 8
       for (int r = 0; r < Rows; ++r) {
         V<T> first, second;
+        fetch_pair(rows[r] + at);
         read_pair<Format, T>(rows[r] + at, first, second);
         sum[r][2 * pair % kChains] += first * x0;
         sum[r][(2 * pair + 1) % kChains] += second * x1;
@@ -160,6 +168,7 @@ HPA_INLINE void subtract_rows_of(const typename Format::Bits* const* rows, const
 #pragma GCC unroll 8
     for (int r = 0; r < Rows; ++r) {
       V<T> first, second;
+      fetch_pair(rows[r] + i);
       read_pair<Format, T>(rows[r] + i, first, second);
       sum0 += spread(factors[r]) * first;
       sum1 += spread(factors[r]) * second;

@@ -30,20 +30,12 @@ template <class Format, class T>
 constexpr std::int64_t kTileVectors = kLineVectors<Format, T> < 4 ? kLineVectors<Format, T> : 4;
 
 // Bytes from a tile to what comes a little later in its rows, which the prefetchers of a core with several rows open may
-// miss: 4 lines, which is worth a tenth on Zen 3 and loses as much again at 16; 8 lines on a core with AVX-512, which is
-// worth a tenth more than 4 on Intel's.  At the end of a band of `rows` rows that
-// is the beginning of the next band: rows of 2 to 8 KB would else begin with misses, which costs
-// a tenth to a fifth.
+// miss.  At the end of a band of `rows` rows that is the beginning of the next band: rows of 2 to 8 KB would else begin
+// with misses, which costs a tenth to a fifth.
 template <class Bits>
 HPA_INLINE std::int64_t bytes_ahead(std::int64_t j, std::int64_t cols, std::int64_t stride, std::int64_t rows) {
-  constexpr std::int64_t bytes = HPA_VECTOR_BYTES == 64 ? 512 : 256, size = sizeof(Bits);
+  constexpr std::int64_t bytes = kFetchBytes, size = sizeof(Bits);
   return j * size + bytes < cols * size ? bytes : bytes + (rows * stride - cols) * size;
-}
-
-HPA_INLINE void fetch_ahead(const void* row, std::int64_t bytes) {
-  // Added to a number: the place may lie beyond the array.
-  __builtin_prefetch(
-      reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(row) + static_cast<std::uintptr_t>(bytes)));
 }
 
 // ---- Change statistics ----

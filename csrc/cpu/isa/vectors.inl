@@ -157,6 +157,17 @@ template <class T>
 HPA_INLINE V<T> spread(T value) {
   return value - V<T>{};
 }
+
+// How far ahead of its use a row is asked for: 4 lines, which is worth a tenth on Zen 3 and loses as much again at 16; 8
+// with AVX-512, which is worth a tenth more than 4 on Intel's.
+constexpr std::int64_t kFetchBytes = HPA_VECTOR_BYTES == 64 ? 512 : 256;
+
+HPA_INLINE void fetch_ahead(const void* row, std::int64_t bytes) {
+  // Added to a number: the place may lie beyond the array.
+  __builtin_prefetch(
+      reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(row) + static_cast<std::uintptr_t>(bytes)));
+}
+
 // Lanes in double, added in a tree.
 HPA_INLINE double lanes_sum(V<double> value) {
 #if HPA_VECTOR_BYTES == 64
