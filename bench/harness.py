@@ -23,6 +23,9 @@ OURS, TORCH, COMPILED, LIMIT = "hpa_ext", "torch", "torch.compile", "machine"
 
 # Threads of another pool than torch's (OpenBLAS, the machine's limits) spin for up to 27 ms after their work.
 _PAUSE = 0.04
+# After a pause the threads of every pool are asleep, and the system may wake the second one on the core of the first:
+# a call then takes as long as with one thread.  A call that lasts so long does not notice.
+_LONG = 0.05
 _MEMORY = 1200 * 2**20  # for copies of the inputs
 
 
@@ -101,12 +104,12 @@ def measure(case: Case, effort: Effort, machine: Machine | None = None, compiled
     calls = dict(case.contenders)
     if compiled and case.compiled is not None:
         calls[COMPILED] = compile_for(case)
-    loops = {name: _warm_up(call, case, copies) for name, call in calls.items()}
-    turn = 0
+    alone = {name: _warm_up(call, case, copies) for name, call in calls.items()}
+    turn, paused = 0, False
 
-    def sample(name: str) -> float:
+    def seconds_of(name: str, count: int) -> float:
         nonlocal turn
-        count, call = loops[name], calls[name]
+        call = calls[name]
         batch = [copies[(turn + i) % len(copies)] for i in range(count)]
         turn += count
         if case.reset is not None:
@@ -115,7 +118,15 @@ def measure(case: Case, effort: Effort, machine: Machine | None = None, compiled
         start = time.perf_counter()
         for inputs in batch:
             call(*inputs)
-        return (time.perf_counter() - start) / count
+        return time.perf_counter() - start
+
+    def sample(name: str) -> float:
+        nonlocal paused
+        if paused and alone[name] < _LONG:
+            seconds_of(name, 1)  # wakes its threads
+        paused = False
+        count = max(1, min(2000, math.ceil(2e-3 / alone[name])))
+        return seconds_of(name, count) / count
 
     limit, amount = case.bound(machine.rates) if machine is not None else ("", 0.0)
     names = [*calls, LIMIT] if limit else list(calls)
@@ -135,6 +146,7 @@ def measure(case: Case, effort: Effort, machine: Machine | None = None, compiled
                     seconds[name].append(sample(name))
                 if name not in (OURS, TORCH):
                     time.sleep(_PAUSE)
+                    paused = True
             timings = {name: Timing(seconds[name]) for name in (*calls, *([LIMIT] if limit else []))}
             if len(seconds[OURS]) < effort.rounds:
                 continue
@@ -172,8 +184,8 @@ def _tensors(value: Any) -> list[Tensor]:
     return list(value) if isinstance(value, list) else []
 
 
-def _warm_up(call: Callable[..., Any], case: Case, copies: list[tuple[Any, ...]]) -> int:
-    """Calls until warm (the first call compiles, allocates, starts threads) and says how many calls make a sample."""
+def _warm_up(call: Callable[..., Any], case: Case, copies: list[tuple[Any, ...]]) -> float:
+    """Calls until warm (the first call compiles, allocates, starts threads); seconds of the fastest call."""
     seconds = math.inf
     for _ in range(3):
         if case.reset is not None:
@@ -183,4 +195,4 @@ def _warm_up(call: Callable[..., Any], case: Case, copies: list[tuple[Any, ...]]
         seconds = min(seconds, time.perf_counter() - start)
         if seconds > 0.2:  # then what the first call does besides is lost in it
             break
-    return max(1, min(2000, math.ceil(2e-3 / seconds)))
+    return seconds

@@ -118,12 +118,21 @@ def test_contenders_take_turns_each_once_a_round_on_fresh_copies() -> None:
     timings = measure(case, Effort(seconds=0.0, rounds=6))
     assert {len(timing.seconds) for timing in timings.values()} == {6}
     assert made > 1
-    rounds = [log[-3 * i : len(log) - 3 * (i - 1)] for i in range(6, 0, -1)]
+    calls = log[3 * len(case.contenders) :]  # after those that warm up
+    assert [copy for _, copy in calls] == [i % made + 1 for i in range(len(calls))]
+    # After the pause that follows "other" comes a call to wake the threads of whoever is next.
+    names = [name for name, _ in calls]
+    timed, paused = [], False
+    while names:
+        if paused:
+            assert names.pop(0) == names[0]
+        timed.append(names.pop(0))
+        paused = timed[-1] == "other"
+    rounds = [timed[i : i + 3] for i in range(0, len(timed), 3)]
+    assert len(rounds) == 6
     for turn in rounds:
-        assert {name for name, _ in turn} == set(case.contenders)
-    assert len({tuple(name for name, _ in turn) for turn in rounds}) > 1
-    copies = [copy for turn in rounds for _, copy in turn]
-    assert copies == [i % made + 1 for i in range(len(copies))]
+        assert set(turn) == set(case.contenders)
+    assert len({tuple(turn) for turn in rounds}) > 1
 
 
 def test_inputs_are_reset_before_every_sample() -> None:
