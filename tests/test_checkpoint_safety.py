@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import os
 import random
@@ -13,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,15 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import T5Config, T5ForConditionalGeneration
 
-from hpa.checkpoint import CalibrationJob, CheckpointError, Job, adapt_checkpoint, calibrate_checkpoint, plan_job
+from hpa.checkpoint import (
+    CalibrationJob,
+    CheckpointError,
+    Job,
+    adapt_checkpoint,
+    calibrate_checkpoint,
+    plan_job,
+    stream,
+)
 from hpa.checkpoint.buffers import Buffers
 from hpa.checkpoint.claims import Claims
 from hpa.checkpoint.distributed import ProcessGroup
@@ -412,6 +422,70 @@ def test_written_file_has_the_hash_that_is_told(tmp_path: Path) -> None:
     again = HashedFile(tmp_path / "file", start=1000)
     again.write(data[1000:])
     assert again.close() == told
+
+
+@pytest.mark.parametrize("trouble", ["none", "no such flag", "refused at open", "refused at write"])
+def test_file_is_the_same_past_the_page_cache_and_through_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trouble: str
+) -> None:
+    file, direct = tmp_path / "file", getattr(os, "O_DIRECT", 0)
+    pwrite, opened = os.pwrite, os.open
+    refused = OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+    past_cache = 0
+
+    def write(descriptor: int, data: Any, place: int) -> int:
+        nonlocal past_cache
+        if direct and fcntl.fcntl(descriptor, fcntl.F_GETFL) & direct:
+            if trouble == "refused at write":
+                raise refused
+            past_cache += len(data)
+            assert len(data) % 4096 == place % 4096 == 0
+        done = pwrite(descriptor, data[: 5 << 13], place)  # a system may take less than it was given
+        assert file.stat().st_size <= out.position
+        return done
+
+    def open_(path: Any, flags: int, *rest: Any) -> int:
+        if trouble == "refused at open" and direct and flags & direct:
+            raise refused
+        return opened(path, flags, *rest)
+
+    monkeypatch.setattr(os, "pwrite", write)
+    monkeypatch.setattr(os, "open", open_)
+    if trouble == "no such flag":
+        monkeypatch.delattr(os, "O_DIRECT", raising=False)
+    monkeypatch.setattr(stream, "PIECE", 1 << 16)
+    data = random.Random(trouble).randbytes((19 << 13) + 777)
+    notes: list[bool] = []
+    for start in (0, 4096, 1 << 16, (1 << 16) + 1, len(data) - 1, len(data)):
+        file.write_bytes(data[:start] + b"of an earlier run")
+        out = HashedFile(file, start=start, room=Room(1 << 13))
+        at = start
+        for step in (1, 4095, 0, 3 << 13, 4097, 9 << 13, len(data)):
+            out.write(data[at : at + step])
+            at = min(at + step, len(data))
+            out.when_on_disk(lambda at=at: notes.append(file.read_bytes()[:at] == data[:at]))
+        assert out.close() == sha256(data).hexdigest()
+        assert file.read_bytes() == data
+    assert all(notes)
+    assert len(notes) == 6 * 7
+    if trouble != "none":
+        assert past_cache == 0
+
+
+def test_a_worker_that_was_taken_for_dead_spoils_nothing(tmp_path: Path) -> None:
+    file, data = tmp_path / "file", os.urandom(170_005)
+    slow = HashedFile(file)
+    slow.write(data[:50_001])
+    slow.when_on_disk(lambda: None)
+    slow._join()
+    quick = HashedFile(file, start=40_000)
+    quick.write(data[40_000:])
+    told = quick.close()
+    slow._file.append(memoryview(data[50_001:60_000]))
+    slow._file.flush()
+    slow._file.close()
+    assert file.read_bytes() == data
+    assert told == sha256(data).hexdigest()
 
 
 def test_error_of_the_disk_names_the_file(tmp_path: Path) -> None:

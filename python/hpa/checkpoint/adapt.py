@@ -430,7 +430,7 @@ def _write_shards(job: Job, prepared: Prepared, stage: Path, claims: Claims, lis
     # Besides what waits to be edited and to be written, one layer is in work.
     work = 2 * prepared.plan.largest + prepared.plan.work_size(job.method)
     budget = max(8 << 20, (job.max_memory - statistics_budget - work) // 3)
-    budget = min(budget, 192 << 20)
+    budget = min(budget, 96 << 20)
     buffers = Buffers(2 * budget + 2 * prepared.plan.largest)
     room = Room(budget)
     told: set[str] = set()

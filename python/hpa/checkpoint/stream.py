@@ -6,7 +6,9 @@ Both sides hold a bounded number of bytes, so memory does not grow with the mode
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
+import mmap
 import os
 import queue
 import threading
@@ -15,11 +17,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Generic, TypeVar
 
+import numpy as np
+
 __all__ = ["HashedFile", "Room", "hash_file", "read_ahead"]
 
 Item = TypeVar("Item")
 Loaded = TypeVar("Loaded")
 PIECE = 8 << 20  # bytes handed to the operating system and the hash at a time
+BLOCK = 4096  # what a disk takes past the page cache: place, length and memory are multiples of it
 
 
 def hash_file(path: Path, *, until: int | None = None) -> hashlib._Hash:
@@ -36,6 +41,76 @@ def hash_file(path: Path, *, until: int | None = None) -> hashlib._Hash:
     return digest
 
 
+class _Appended:
+    """A file that grows at its end, written past the page cache where the system lets it (Linux, a local disk).
+
+    A copy into the page cache costs as much of the processor's time as all reading and hashing, and pushes out what the
+    inputs have there.  Whole blocks go past it, gathered in memory that suits them; what is less than a block goes the
+    usual way, so that no byte beyond the end is ever written.  (Another worker may be at work on the same file.)
+    """
+
+    def __init__(self, path: Path, start: int) -> None:
+        self._file = open(path, "r+b" if start else "wb", buffering=0)  # noqa: SIM115 - closed by close()
+        self._file.truncate(start)
+        self._direct: int | None = None
+        with contextlib.suppress(OSError, AttributeError):  # another system, or a file system that cannot do it
+            self._direct = os.open(path, os.O_WRONLY | os.O_DIRECT)
+        self._memory = np.frombuffer(mmap.mmap(-1, PIECE), np.uint8)
+        self._used = start % BLOCK
+        self._place = start - self._used  # of the memory in the file, always whole blocks
+        self._memory[: self._used] = np.frombuffer(self._head(path), np.uint8)
+
+    def _head(self, path: Path) -> bytes:
+        with open(path, "rb") as file:
+            file.seek(self._place)
+            return file.read(self._used)
+
+    def append(self, view: memoryview) -> None:
+        data = np.frombuffer(view, np.uint8)
+        while len(data):
+            some = min(len(data), PIECE - self._used)
+            self._memory[self._used : self._used + some] = data[:some]  # lets other threads run meanwhile
+            self._used += some
+            data = data[some:]
+            if self._used == PIECE:
+                self.flush()
+
+    def flush(self) -> None:
+        """Hand over all there is; what is less than a block is kept, to be written again as a part of one."""
+        whole = self._used - self._used % BLOCK
+        self._write(self._memory[:whole], self._place, direct=True)
+        self._write(self._memory[whole : self._used], self._place + whole, direct=False)
+        self._memory[: self._used - whole] = self._memory[whole : self._used].copy()
+        self._place += whole
+        self._used -= whole
+
+    def _write(self, data: np.ndarray, place: int, *, direct: bool) -> None:
+        view = data.data
+        while view:
+            past_cache = self._direct if direct and place % BLOCK == 0 else None
+            try:
+                written = os.pwrite(self._file.fileno() if past_cache is None else past_cache, view, place)
+            except OSError as error:
+                if past_cache is None or error.errno != errno.EINVAL:
+                    raise
+                self._give_up_direct()  # larger blocks than ours
+                continue
+            view, place = view[written:], place + written
+
+    def _give_up_direct(self) -> None:
+        if self._direct is not None:
+            os.close(self._direct)
+            self._direct = None
+
+    def to_disk(self, *, whole: bool) -> None:
+        """Wait until the disk has what was handed over; ``whole``: and all that is known of the file."""
+        (os.fsync if whole else os.fdatasync)(self._file.fileno())
+
+    def close(self) -> None:
+        self._give_up_direct()
+        self._file.close()
+
+
 class HashedFile:
     """A file that is written by one thread and hashed by another while the caller goes on.
 
@@ -47,9 +122,7 @@ class HashedFile:
         self.path = path
         self.position = start
         self._digest = hash_file(path, until=start) if start else hashlib.sha256()
-        self._file = open(path, "r+b" if start else "wb", buffering=0)  # noqa: SIM115 - closed by close()
-        self._file.truncate(start)
-        self._file.seek(start)
+        self._file = _Appended(path, start)
         self._room = Room(256 << 20) if room is None else room
         self._error: BaseException | None = None
         # One thread each, so each does its work in order.
@@ -67,14 +140,15 @@ class HashedFile:
     def when_on_disk(self, action: Callable[[], None]) -> None:
         """Call ``action``, from a thread, once all that was written so far is on disk; nobody waits for it."""
         self._check()
-        self._writer.submit(lambda: self._syncer.submit(self._sync, action))
+        self._writer.submit(self._flush, action)
 
     def close(self) -> str:
         """Force the file to disk and close it; its SHA-256 as hexadecimal digits."""
+        self._writer.submit(self._flush)
         self._join()
         try:
             self._check()
-            os.fsync(self._file.fileno())
+            self._file.to_disk(whole=True)
         finally:
             self._file.close()
         return self._digest.hexdigest()
@@ -94,27 +168,37 @@ class HashedFile:
             raise self._error
 
     def _write(self, view: memoryview) -> None:
-        try:
-            written = 0 if self._error is None else len(view)
-            while written < len(view):
-                written += self._file.write(view[written : written + PIECE]) or 0
-        except OSError as error:  # a full disk; of itself it does not say which file it hit
-            self._error = OSError(error.errno, error.strerror, str(self.path))
-        except BaseException as error:
-            self._error = error
+        with self._keep_error(name_file=True):
+            if self._error is None:
+                self._file.append(view)
         self._hasher.submit(self._hash, view)
+
+    def _flush(self, action: Callable[[], None] | None = None) -> None:
+        with self._keep_error(name_file=True):
+            if self._error is None:
+                self._file.flush()
+        if action is not None:
+            self._syncer.submit(self._sync, action)
 
     def _hash(self, view: memoryview) -> None:
         self._digest.update(view)
         self._room.give(len(view))
 
     def _sync(self, action: Callable[[], None]) -> None:
-        try:
+        with self._keep_error():
             if self._error is None:
-                os.fdatasync(self._file.fileno())
+                self._file.to_disk(whole=False)
                 action()
+
+    @contextlib.contextmanager
+    def _keep_error(self, *, name_file: bool = False) -> Iterator[None]:
+        """``name_file``: in the operating system's errors; a full disk does not say which file it hit."""
+        try:
+            yield
         except BaseException as error:
             self._error = error
+            if name_file and isinstance(error, OSError):
+                self._error = OSError(error.errno, error.strerror, str(self.path))
 
 
 def read_ahead(
