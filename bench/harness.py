@@ -23,8 +23,8 @@ OURS, TORCH, COMPILED, LIMIT = "hpa_ext", "torch", "torch.compile", "machine"
 
 # Threads of another pool than torch's (OpenBLAS, the machine's limits) spin for up to 27 ms after their work.
 _PAUSE = 0.04
-# After a pause the threads of every pool are asleep, and the system may wake the second one on the core of the first:
-# a call then takes as long as with one thread.  A call that lasts so long does not notice.
+# Threads that have waited for others are asleep, and the system may wake the second one on the core of the first: a
+# call then takes as long as with one thread.  One that lasts so long does not notice.
 _LONG = 0.05
 _MEMORY = 1200 * 2**20  # for copies of the inputs
 
@@ -105,7 +105,7 @@ def measure(case: Case, effort: Effort, machine: Machine | None = None, compiled
     if compiled and case.compiled is not None:
         calls[COMPILED] = compile_for(case)
     alone = {name: _warm_up(call, case, copies) for name, call in calls.items()}
-    turn, paused = 0, False
+    turn = 0
 
     def seconds_of(name: str, count: int) -> float:
         nonlocal turn
@@ -121,11 +121,9 @@ def measure(case: Case, effort: Effort, machine: Machine | None = None, compiled
         return time.perf_counter() - start
 
     def sample(name: str) -> float:
-        nonlocal paused
-        if paused and alone[name] < _LONG:
-            seconds_of(name, 1)  # wakes its threads
-        paused = False
         count = max(1, min(2000, math.ceil(2e-3 / alone[name])))
+        if alone[name] < _LONG:
+            seconds_of(name, count)  # wakes its threads
         return seconds_of(name, count) / count
 
     limit, amount = case.bound(machine.rates) if machine is not None else ("", 0.0)
@@ -146,7 +144,6 @@ def measure(case: Case, effort: Effort, machine: Machine | None = None, compiled
                     seconds[name].append(sample(name))
                 if name not in (OURS, TORCH):
                     time.sleep(_PAUSE)
-                    paused = True
             timings = {name: Timing(seconds[name]) for name in (*calls, *([LIMIT] if limit else []))}
             if len(seconds[OURS]) < effort.rounds:
                 continue

@@ -120,14 +120,10 @@ def test_contenders_take_turns_each_once_a_round_on_fresh_copies() -> None:
     assert made > 1
     calls = log[3 * len(case.contenders) :]  # after those that warm up
     assert [copy for _, copy in calls] == [i % made + 1 for i in range(len(calls))]
-    # After the pause that follows "other" comes a call to wake the threads of whoever is next.
+    # Each sample comes after a call that wakes the contender's threads.
     names = [name for name, _ in calls]
-    timed, paused = [], False
-    while names:
-        if paused:
-            assert names.pop(0) == names[0]
-        timed.append(names.pop(0))
-        paused = timed[-1] == "other"
+    timed = names[1::2]
+    assert names[::2] == timed
     rounds = [timed[i : i + 3] for i in range(0, len(timed), 3)]
     assert len(rounds) == 6
     for turn in rounds:

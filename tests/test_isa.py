@@ -202,11 +202,11 @@ def emulated_gram(tmp_path_factory: pytest.TempPathFactory) -> Gram:
 
 
 def check(gram_of: Gram, name: str, gram: Tensor, x: Tensor, scale: float) -> None:
-    """Against float64.  At most 512 tokens are summed one by one, four such sums in scratch, those in gram; numbers
+    """Against float64.  At most 256 tokens are summed one by one, four such sums in scratch, those in gram; numbers
     below 2^-126 may count as zero, as factors and as products."""
     rows, before = f64(x), f64(gram)
     magnitude = np.abs(rows)
-    terms = min(len(rows), 512) + 4 + math.ceil(len(rows) / 512) + 3
+    terms = min(len(rows), 256) + 4 + math.ceil(len(rows) / 512) + 3
     limit = 2.0**-24 * terms * (abs(scale) * magnitude.T @ magnitude + np.abs(before))
     total = magnitude.sum(0)
     limit += abs(scale) * 2.0**-126 * (len(rows) + total[:, None] + total[None, :]) + 2.0**-126

@@ -4,6 +4,9 @@
 // Bound        the multiply-add units for some 100 tokens or more; below that, reading and writing gram.
 // Measured     Zen 3, one core, AVX2, 2048 tokens of 4096 columns: 79 to 81 GF/s in float32, 83 % of the 96 GF/s of a bare
 //              loop of multiply-adds, where OpenBLAS's ssyrk has 76 to 83 and half the flops of MKL's sgemm 36.
+//              AMX, the same in bfloat16: 1.0 TF/s a core of the 3.4 of tiles that are never loaded.  On tiles whose
+//              operands lie in the second-level cache the loop itself has 2.3; the rest of the time goes to operands
+//              from the third level, and to lines of gram, which no prefetcher guesses, from memory.
 // Arithmetic   in the dtype of gram (float32, float64); x is widened while it is packed.  A product of two bfloat16 or
 //              float16 values is exact in float32.  At most 256 tokens are summed in registers, two such sums in
 //              scratch, and those are scaled and added to gram: rounding grows with 258 + tokens / 512 terms, not with

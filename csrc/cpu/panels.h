@@ -15,10 +15,6 @@
 
 namespace hpa {
 
-// Depth that one tile sums in registers: long enough to amortise reading and writing the tile, short enough for two
-// panels to stay in the second-level cache.  It also bounds the length of a plain sum.
-inline constexpr std::int64_t kDepth = 256;
-
 // Entries that are packed before the result is touched.
 inline constexpr std::int64_t kSweep = 512;
 
@@ -70,11 +66,10 @@ struct Steps {
 };
 
 // Lower triangle of C += alpha * A A^T.  A, n lanes, is packed step after step in `right` and `left`, every step panel
-// after panel.  Square blocks of C are tasks; every element has one owner and
-// one order of sums.
+// after panel.  Square blocks of C are tasks; every element has one owner and one order of sums.
 //
-// In a step one panel of `right` stays in the first-level cache while all of the block's `left`, which stays in the
-// second-level cache, is multiplied with it.  Sums of all steps but the last wait in scratch, so that C, which comes
+// In a step one panel of `right` stays in the first-level cache (as far as it fits) while all of the block's `left`,
+// which stays in the second-level cache, is multiplied with it.  Sums of all steps but the last wait in scratch, so that C, which comes
 // from memory, is read and written once a call.
 template <class E, class T>
 void add_blocks(const isa::Product<E, T>& product, const E* right, const E* left, const Steps& steps, std::int64_t n,

@@ -12,8 +12,8 @@ constexpr std::int64_t kPanel = kAcross * Vector<T>::width;
 // 192 bytes of it for 24 multiply-adds, which a second-level cache serves.
 constexpr std::int64_t kPanelDepth = 256;
 
-// Lanes of a block of the result: at kPanelDepth its rows and its sums take 350 KB of a second-level cache, 630 KB with
-// AVX-512, where such a cache has 1 MB.
+// Lanes of a block of the result: at kPanelDepth its rows and its sums take at most 350 KB of a second-level cache, 630 KB
+// with AVX-512, where servers (and Zen 4) have 1 MB or more.
 template <class T>
 constexpr std::int64_t kBlock = (HPA_VECTOR_BYTES == 64 ? 1152 : 768) / static_cast<std::int64_t>(sizeof(T));
 

@@ -33,7 +33,7 @@ from hpa.checkpoint.memory import Memory, write_memory
 from hpa.checkpoint.merge import Editor, ShardResult, write_shard
 from hpa.checkpoint.plan import Plan, Shard, decoder_of, make_plan, model_fingerprint, model_layers
 from hpa.checkpoint.statistics import Statistics
-from hpa.checkpoint.stream import Room, hash_file
+from hpa.checkpoint.stream import PIECE, Room, hash_file
 from hpa.layers import LowRankUpdate
 from hpa.methods import Method
 from hpa.storage import write_file, write_files
@@ -427,8 +427,8 @@ def _write_shards(job: Job, prepared: Prepared, stage: Path, claims: Claims, lis
     notes.mkdir(parents=True, exist_ok=True)
     editor = editor_of(job, prepared)
     statistics_budget = _statistics_budget(job)
-    # Besides what waits to be edited and to be written, one layer is in work.
-    work = 2 * prepared.plan.largest + prepared.plan.work_size(job.method)
+    # Besides what waits to be edited and to be written, one layer is in work, and two files have a piece each.
+    work = 2 * prepared.plan.largest + prepared.plan.work_size(job.method) + 2 * PIECE
     budget = max(8 << 20, (job.max_memory - statistics_budget - work) // 3)
     budget = min(budget, 96 << 20)
     buffers = Buffers(2 * budget + 2 * prepared.plan.largest)

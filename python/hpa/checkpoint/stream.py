@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import io
 import mmap
 import os
 import queue
@@ -24,7 +25,7 @@ __all__ = ["HashedFile", "Room", "hash_file", "read_ahead"]
 Item = TypeVar("Item")
 Loaded = TypeVar("Loaded")
 PIECE = 8 << 20  # bytes handed to the operating system and the hash at a time
-BLOCK = 4096  # what a disk takes past the page cache: place, length and memory are multiples of it
+BLOCK = max(4096, mmap.PAGESIZE)  # place, length and memory of what goes past the page cache are multiples of it
 
 
 def hash_file(path: Path, *, until: int | None = None) -> hashlib._Hash:
@@ -42,73 +43,75 @@ def hash_file(path: Path, *, until: int | None = None) -> hashlib._Hash:
 
 
 class _Appended:
-    """A file that grows at its end, written past the page cache where the system lets it (Linux, a local disk).
+    """A file that grows at its end, written past the page cache where the file system takes O_DIRECT.
 
     A copy into the page cache costs as much of the processor's time as all reading and hashing, and pushes out what the
-    inputs have there.  Whole blocks go past it, gathered in memory that suits them; what is less than a block goes the
-    usual way, so that no byte beyond the end is ever written.  (Another worker may be at work on the same file.)
+    inputs have there.  Whole blocks go past it, gathered in memory that suits them.  A block of which a part had to be
+    written before the rest was there goes the usual way altogether: no byte beyond the end is ever written, because
+    another worker may be at work on the same file, and no block is written both ways.
     """
 
     def __init__(self, path: Path, start: int) -> None:
+        self._memory = np.frombuffer(mmap.mmap(-1, PIECE), np.uint8)
+        self._first = self._stop = start % BLOCK  # in memory, what has not been handed over
+        self._place = start - self._first  # of the memory in the file
         self._file = open(path, "r+b" if start else "wb", buffering=0)  # noqa: SIM115 - closed by close()
         self._file.truncate(start)
-        self._direct: int | None = None
-        with contextlib.suppress(OSError, AttributeError):  # another system, or a file system that cannot do it
-            self._direct = os.open(path, os.O_WRONLY | os.O_DIRECT)
-        self._memory = np.frombuffer(mmap.mmap(-1, PIECE), np.uint8)
-        self._used = start % BLOCK
-        self._place = start - self._used  # of the memory in the file, always whole blocks
-        self._memory[: self._used] = np.frombuffer(self._head(path), np.uint8)
+        self._direct = self._open_direct(path)
 
-    def _head(self, path: Path) -> bytes:
-        with open(path, "rb") as file:
-            file.seek(self._place)
-            return file.read(self._used)
+    def _open_direct(self, path: Path) -> io.FileIO | None:
+        try:
+            direct = open(  # noqa: SIM115 - closed by close()
+                path, "r+b", buffering=0, opener=lambda name, flags: os.open(name, flags | os.O_DIRECT)
+            )
+        except (OSError, AttributeError):  # a file system or a system that does not know it
+            return None
+        if os.path.sameopenfile(direct.fileno(), self._file.fileno()):
+            return direct
+        direct.close()  # another worker has put a new file there
+        return None
 
     def append(self, view: memoryview) -> None:
         data = np.frombuffer(view, np.uint8)
         while len(data):
-            some = min(len(data), PIECE - self._used)
-            self._memory[self._used : self._used + some] = data[:some]  # lets other threads run meanwhile
-            self._used += some
+            some = min(len(data), PIECE - self._stop)
+            self._memory[self._stop : self._stop + some] = data[:some]  # lets other threads run meanwhile
+            self._stop += some
             data = data[some:]
-            if self._used == PIECE:
+            if self._stop == PIECE:
                 self.flush()
 
     def flush(self) -> None:
-        """Hand over all there is; what is less than a block is kept, to be written again as a part of one."""
-        whole = self._used - self._used % BLOCK
-        self._write(self._memory[:whole], self._place, direct=True)
-        self._write(self._memory[whole : self._used], self._place + whole, direct=False)
-        self._memory[: self._used - whole] = self._memory[whole : self._used].copy()
-        self._place += whole
-        self._used -= whole
+        """Hand over all there is."""
+        last = self._stop - self._stop % BLOCK
+        begun = min(-(-self._first // BLOCK) * BLOCK, self._stop)
+        self._write(self._first, begun, direct=False)
+        self._write(begun, max(begun, last), direct=True)
+        self._write(max(begun, last), self._stop, direct=False)
+        self._place += last
+        self._first = self._stop = self._stop - last
 
-    def _write(self, data: np.ndarray, place: int, *, direct: bool) -> None:
-        view = data.data
-        while view:
-            past_cache = self._direct if direct and place % BLOCK == 0 else None
+    def _write(self, first: int, stop: int, *, direct: bool) -> None:
+        while first < stop:
+            file = self._direct if direct and self._direct is not None and first % BLOCK == 0 else self._file
             try:
-                written = os.pwrite(self._file.fileno() if past_cache is None else past_cache, view, place)
+                first += os.pwrite(file.fileno(), self._memory[first:stop].data, self._place + first)
             except OSError as error:
-                if past_cache is None or error.errno != errno.EINVAL:
+                if file is self._file or error.errno != errno.EINVAL:
                     raise
-                self._give_up_direct()  # larger blocks than ours
-                continue
-            view, place = view[written:], place + written
-
-    def _give_up_direct(self) -> None:
-        if self._direct is not None:
-            os.close(self._direct)
-            self._direct = None
+                file.close()  # the disk wants larger blocks than ours
+                self._direct = None
 
     def to_disk(self, *, whole: bool) -> None:
         """Wait until the disk has what was handed over; ``whole``: and all that is known of the file."""
         (os.fsync if whole else os.fdatasync)(self._file.fileno())
 
     def close(self) -> None:
-        self._give_up_direct()
-        self._file.close()
+        try:
+            if self._direct is not None:
+                self._direct.close()
+        finally:
+            self._file.close()
 
 
 class HashedFile:
