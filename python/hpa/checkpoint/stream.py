@@ -45,8 +45,8 @@ def hash_file(path: Path, *, until: int | None = None) -> hashlib._Hash:
 class _Appended:
     """A file that grows at its end, written past the page cache where the file system takes O_DIRECT.
 
-    A copy into the page cache costs as much of the processor's time as all reading and hashing, and pushes out what the
-    inputs have there.  Whole blocks go past it, gathered in memory that suits them.  A block of which a part had to be
+    Copying into the page cache took a quarter of the processor's time of an edit, and pushes out what the inputs have
+    there.  Whole blocks go past it, gathered in memory that suits them.  A block of which a part had to be
     written before the rest was there goes the usual way altogether: no byte beyond the end is ever written, because
     another worker may be at work on the same file, and no block is written both ways.
     """
@@ -83,13 +83,14 @@ class _Appended:
 
     def flush(self) -> None:
         """Hand over all there is."""
-        last = self._stop - self._stop % BLOCK
-        begun = min(-(-self._first // BLOCK) * BLOCK, self._stop)
+        begun = min(-(-self._first // BLOCK) * BLOCK, self._stop)  # where the block ends of which a part was written
+        done = self._stop - self._stop % BLOCK
+        whole = max(begun, done)
         self._write(self._first, begun, direct=False)
-        self._write(begun, max(begun, last), direct=True)
-        self._write(max(begun, last), self._stop, direct=False)
-        self._place += last
-        self._first = self._stop = self._stop - last
+        self._write(begun, whole, direct=True)
+        self._write(whole, self._stop, direct=False)
+        self._place += done
+        self._first = self._stop = self._stop - done
 
     def _write(self, first: int, stop: int, *, direct: bool) -> None:
         while first < stop:
