@@ -155,10 +155,11 @@ def edit(
 
 
 def least_squares(
-    old: Array, new: Array, kept: list[tuple[float, Array]], task: Array, mu: float, ridge: float
+    old: Array, new: Array, kept: list[tuple[float, Array]], task: Array, mu: float, ridge: float, proximal: float = 0.0
 ) -> Array:
-    """METHOD 9 with A = sum of weight * Gram over ``kept`` and B = mu * task + l I, by a plain inverse."""
+    """METHOD 9 with A = sum of weight * Gram over ``kept`` + p I and B = mu * task + l I, by a plain inverse."""
     a = sum(weight * gram for weight, gram in kept)
-    ridge = ridge * np.mean(np.diag(a + mu * task))
-    b = mu * task + ridge * np.eye(len(task))
+    scale = np.mean(np.diag(a + mu * task))
+    a = a + proximal * scale * np.eye(len(task))
+    b = mu * task + ridge * scale * np.eye(len(task))
     return old + (new - old) @ b @ np.linalg.inv(a + b)

@@ -416,9 +416,13 @@ def test_scale_by_columns_or_by_a_factor_needs_no_calibration():
     memory=st.sampled_from([0.0, 0.1, 2.0]),
     weighting=st.sampled_from(["sum", "mean", "decay"]),
     rank=st.sampled_from([None, 1, 3]),
+    proximal=st.sampled_from([0.0, 0.02, 1.0]),
 )
-def test_least_squares_is_the_formula_of_the_method_over_three_tasks(seed, rows, cols, mu, memory, weighting, rank):
-    method = create_method("hpa_ls", mu=mu, memory=memory, memory_weighting=weighting, memory_decay=0.5)
+def test_least_squares_is_the_formula_of_the_method_over_three_tasks(
+    seed, rows, cols, mu, memory, weighting, rank, proximal
+):
+    options = {"memory_weighting": weighting, "memory_decay": 0.5, "proximal": proximal}
+    method = create_method("hpa_ls", mu=mu, memory=memory, **options)
     past: list[np.ndarray] = []
     for index in range(3):
         change, safety, task, x_s, x_t = case(seed + index, rows, cols, rank=rank)
@@ -433,7 +437,7 @@ def test_least_squares_is_the_formula_of_the_method_over_three_tasks(seed, rows,
         kept = [(1.0, oracle.hessian(x_s, len(x_s)) / 2), *zip(weights, past, strict=True)]
         wanted = oracle.hessian(x_t, len(x_t)) / 2
         new = change.before + change.update.dense() if rank else change.update
-        expected = oracle.least_squares(change.before.numpy(), new.numpy(), kept, wanted, mu, 1e-4)
+        expected = oracle.least_squares(change.before.numpy(), new.numpy(), kept, wanted, mu, 1e-4, proximal)
         past.append(wanted)
         # The memory is stored in float32 (2^-24), and conditions are at most cols / 1e-4.
         np.testing.assert_allclose(edit.weight.numpy(), expected, rtol=0, atol=1e-3 if memory and index else 1e-9)
@@ -442,8 +446,9 @@ def test_least_squares_is_the_formula_of_the_method_over_three_tasks(seed, rows,
             assert np.abs(edit.weight.numpy() - expected).max() < 2e-5 * max(scale, 1e-3)
 
 
-def test_least_squares_minimises_the_stated_objective():
-    method = create_method("hpa_ls", mu=0.3, memory=0.2)
+@pytest.mark.parametrize("proximal", [0.0, 0.4])
+def test_least_squares_minimises_the_stated_objective(proximal):
+    method = create_method("hpa_ls", mu=0.3, memory=0.2, proximal=proximal)
     first, safety, task, _, x_1 = case(1)
     run(method, first, safety, task)
     method.finish_task()
@@ -454,7 +459,7 @@ def test_least_squares_minimises_the_stated_objective():
         x = torch.from_numpy(x)
         return (difference @ x.T).square().sum() / len(x)
 
-    ridge = 1e-4 * np.mean(
+    mean_diagonal = np.mean(
         np.diag(sum(m * oracle.hessian(x, 2 * len(x)) for m, x in ((1, x_s), (0.2, x_1), (0.3, x_t))))
     )
     old, new = change.before, change.update
@@ -462,7 +467,8 @@ def test_least_squares_minimises_the_stated_objective():
         mean_square(weight - old, x_s)
         + 0.2 * mean_square(weight - old, x_1)
         + 0.3 * mean_square(weight - new, x_t)
-        + ridge * (weight - new).square().sum()
+        + 1e-4 * mean_diagonal * (weight - new).square().sum()
+        + proximal * mean_diagonal * (weight - old).square().sum()
     )
     loss.backward()
     start = new.clone().requires_grad_()
@@ -479,12 +485,53 @@ def test_the_knob_runs_from_the_tuned_model_to_the_old_one(mu):
     assert distance < 1e-4
 
 
-def test_a_low_rank_update_stays_low_rank_and_equals_the_dense_edit():
+def test_the_proximal_term_holds_what_no_sample_shows_and_leaves_the_task_its_inputs():
+    """An update along one direction of the task and one that nobody has seen: the first is learned, the second is
+    not, where without the term both are."""
+    cols = 30
+    x_s, x_t = np.zeros((50, cols)), np.zeros((50, cols))
+    x_s[:, :10] = np.random.default_rng(0).normal(size=(50, 10))
+    x_t[:, 10] = 9.0
+    old = torch.zeros(4, cols, dtype=torch.float64)
+    new = old.clone()
+    new[:, [10, 20]] = 1.0
+    change = LayerChange("up", 1, 4, "up", old, new)
+    safety, task = (
+        InputStatistics(torch.from_numpy(oracle.hessian(x, 50)).tril(), None, 50, 1, "up") for x in (x_s, x_t)
+    )
+    weights = {p: run(create_method("hpa_ls", proximal=p), change, safety, task).weight[0] for p in (0.0, 0.05)}
+    assert float(weights[0.0][20]) == pytest.approx(1.0)
+    assert float(weights[0.05][20]) < 0.01
+    assert float(weights[0.05][10]) > 0.9
+
+
+def test_the_proximal_term_holds_inputs_that_safety_never_reached():
+    """An expert that no refusal went through: its update is learned for the task's own inputs, not for all."""
+    change, _, task, _, x_t = case(rank=2)
+    safety = InputStatistics(input_key="up", zero=True)
+    edit = run(create_method("hpa_ls", proximal=0.3), change, safety, task)
+    assert edit.skipped is None
+    expected = oracle.least_squares(
+        change.before.numpy(),
+        (change.before + change.update.dense()).numpy(),
+        [],
+        oracle.hessian(x_t, len(x_t)),
+        0.1,
+        1e-4,
+        0.3,
+    )
+    np.testing.assert_allclose(edit.weight.numpy(), expected, rtol=0, atol=1e-12)
+    nothing = InputStatistics(input_key="up", zero=True)
+    assert run(create_method("hpa_ls", proximal=0.3), change, safety, nothing).skipped == "no safety activations"
+
+
+@pytest.mark.parametrize("proximal", [0.0, 0.2])
+def test_a_low_rank_update_stays_low_rank_and_equals_the_dense_edit(proximal):
     change, safety, task, _, _ = case(4, rank=3)
-    method = create_method("hpa_ls")
+    method = create_method("hpa_ls", proximal=proximal)
     low = run(method, change, safety, task)
     dense = LayerChange("up", 1, 4, "up", change.before, change.before + change.update.dense())
-    high = run(create_method("hpa_ls"), dense, safety, task)
+    high = run(create_method("hpa_ls", proximal=proximal), dense, safety, task)
     assert low.update.rank == 3
     assert torch.equal(low.update.B, change.update.B)
     torch.testing.assert_close(low.weight, high.weight, rtol=0, atol=1e-12)

@@ -2,12 +2,15 @@
 
 Answer safety inputs and the inputs of past tasks as the old weight did, and the new task's inputs as the new one does:
 
-    W^ = argmin_W  |(W - W_o) X_s|^2/N_s + sum_i m_i |(W - W_o) X_i|^2/N_i + mu |(W - W_n) X_t|^2/N_t + l |W - W_n|^2
+    W^ = argmin_W  |(W - W_o) X_s|^2/N_s + sum_i m_i |(W - W_o) X_i|^2/N_i + p |W - W_o|^2
+                 + mu |(W - W_n) X_t|^2/N_t + l |W - W_n|^2
 
-    A  = X_s'X_s/N_s + sum_i m_i X_i'X_i/N_i        kept: safety, and a memory of past tasks
+    A  = X_s'X_s/N_s + sum_i m_i X_i'X_i/N_i + p I  kept: safety, a memory of past tasks, and the rest
     B  = mu X_t'X_t/N_t + l I                       wanted: the new task
     W^ = W_o + change * B (A + B)^-1                one cols x cols filter on the right of the update
 
+What a few calibration samples do not show is most of what a model can do.  Without the proximal term (p = 0) an update
+passes there as it was learned, and may even grow; with it, what the task's own inputs do not ask for stays as it was.
 A low-rank update stays low-rank: the filter acts on its A factor.  The Gram matrices carry the factor 2 of the Hessian
 throughout, which cancels.  Relatives: RegMean (merging by Gram matrices), GPM (a hard subspace, during training) and
 AlphaEdit (editing in a null space).
@@ -78,7 +81,13 @@ class LeastSquaresConfig(CalibrationConfig):
         default=1e-4,
         gt=0.0,
         le=1.0,
-        description="l, as a share of the mean diagonal of A + mu X_t'X_t; times 10 up to 1 if factoring fails",
+        description="l, as a share of the same mean diagonal; times 10 up to 1 if factoring fails",
+    )
+    proximal: float = Field(
+        default=0.0,
+        ge=0.0,
+        description="p, as a share of the mean diagonal of X_s'X_s + memory + mu X_t'X_t: how firmly input directions "
+        "that the calibration samples do not show stay as they were; 0: an update passes there",
     )
     lora_native: bool = Field(
         default=True, description="D14: edit LoRA factors exactly; false merges them in the storage dtype first"
@@ -267,6 +276,7 @@ class _Filter:
     factor: Cholesky | None  # of A + B; None where nothing is kept
     ridge: float
     ridge_size: float = 0.0  # l
+    proximal_size: float = 0.0  # p
     sums: _Sums = field(default_factory=_Sums)
 
     @property
@@ -288,12 +298,13 @@ class _Filter:
         while True:
             # Factoring takes the place of the sum, so the ladder reads the triangles again.
             blocks, something_kept = _summed(kept, config.mu, learned, change)
-            if not something_kept:  # nothing to solve: the filter is the identity
-                return cls(change.input_key, safety, task, learned, config.mu, None, ridge)
             diagonals = [block.diagonal(block.shape[1] - block.shape[0]) for block in blocks]
             scale = float(torch.cat(diagonals).mean())
+            proximal = config.proximal * scale
+            if not something_kept and not proximal:  # nothing to solve: the filter is the identity
+                return cls(change.input_key, safety, task, learned, config.mu, None, ridge)
             for diagonal in diagonals:
-                diagonal.add_(ridge * scale)
+                diagonal.add_(proximal + ridge * scale)
             factor = Cholesky.of(blocks)
             if factor is not None:
                 break
@@ -305,7 +316,7 @@ class _Filter:
         if ridge != config.ridge:
             message = f"layer {change.label}: A + B not positive definite with ridge {config.ridge:g}; used {ridge:g}"
             warnings.warn(message, DampingWarning, stacklevel=4)
-        return cls(change.input_key, safety, task, learned, config.mu, factor, ridge, ridge * scale)
+        return cls(change.input_key, safety, task, learned, config.mu, factor, ridge, ridge * scale, proximal)
 
     def apply(self, old: Tensor, inner: Callable[[Tensor, Tensor], float]) -> Tensor:
         """``old @ F`` for rows ``[n, cols]``, float64, and what :meth:`effects` is made of.
@@ -345,9 +356,9 @@ class _Filter:
         memory inputs, and what is lost of its effect for the task's inputs.  Of all that was applied since last asked.
         """
         sums, self.sums = self.sums, _Sums()
-        mu, ridge = self.mu, self.ridge_size
-        old_kept = sums.old_summed - mu * sums.old_learned - ridge * sums.old
-        new_kept = sums.new_summed - mu * sums.new_learned - ridge * sums.new
+        mu, identity = self.mu, self.ridge_size + self.proximal_size
+        old_kept = sums.old_summed - mu * sums.old_learned - identity * sums.old
+        new_kept = sums.new_summed - mu * sums.new_learned - identity * sums.new
         lost = sums.old_learned - 2 * sums.both_learned + sums.new_learned
         return {
             "update_left": _ratio(sums.new, sums.old),
@@ -359,7 +370,7 @@ class _Filter:
 def _summed(
     kept: list[tuple[float, Triangle]], mu: float, learned: Triangle, change: LayerChange
 ) -> tuple[list[Tensor], bool]:
-    """``A + mu L`` by blocks of rows, float64, and whether there is anything in A."""
+    """``A + mu L``, not damped yet, by blocks of rows, float64, and whether there is anything in A."""
     blocks, something_kept = [], False
     for first, last in learned.blocks():
         block = torch.zeros(last - first, last, dtype=torch.float64, device=change.before.device)
