@@ -81,13 +81,14 @@ class LeastSquaresConfig(CalibrationConfig):
         default=1e-4,
         gt=0.0,
         le=1.0,
-        description="l, as a share of the same mean diagonal; times 10 up to 1 if factoring fails",
+        description="l, as a share of the mean diagonal of X_s'X_s + memory + mu X_t'X_t; times 10 up to 1 if "
+        "factoring fails",
     )
     proximal: float = Field(
         default=0.0,
         ge=0.0,
-        description="p, as a share of the mean diagonal of X_s'X_s + memory + mu X_t'X_t: how firmly input directions "
-        "that the calibration samples do not show stay as they were; 0: an update passes there",
+        description="p, as a share of the same mean diagonal: how firmly input directions that the calibration samples "
+        "do not show stay as they were; 0: an update passes there",
     )
     lora_native: bool = Field(
         default=True, description="D14: edit LoRA factors exactly; false merges them in the storage dtype first"
