@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 import hpa_ext
 from hpa import METHODS, AdaptConfig, LowRankUpdate, adapt_layer, create_method
 from hpa.layers import InputStatistics, LayerChange
+from hpa.methods.hpa_ls import _Sketch
 
 NUMBERS = ("alpha", "log_ratio", "kept_change_share", "kept_safety_share", "change_norm", "before_norm", "p")
 COUNTS = ("keep", "focus", "overlap", "kept", "kept_safety_only", "kept_overlap")
@@ -540,6 +541,87 @@ def test_a_low_rank_update_stays_low_rank_and_equals_the_dense_edit(proximal):
     gram_s = torch.from_numpy(oracle.hessian(case(4, rank=3)[3], 90))
     share = torch.trace(after @ gram_s @ after.T) / torch.trace(delta @ gram_s @ delta.T)
     assert low.numbers["kept_inputs_change_left"] == pytest.approx(float(share), rel=1e-6)
+
+
+@pytest.mark.parametrize(("dtype", "atol"), [(torch.float64, 1e-10), (torch.float32, 3e-7), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("shapes", [[(40, 37)], [(37, 37), (5, 37)], [(1200, 600), (700, 600)], [(300, 301)]])
+def test_the_filter_that_is_formed_gives_what_solving_gives(shapes, dtype, atol, monkeypatch):
+    """Layers as wide as their input or wider take F itself, others solve, or find F made by one before them."""
+    monkeypatch.setattr("hpa.methods.hpa_ls.ROWS_SIZE", 1 << 18)  # several steps
+    method = create_method("hpa_ls", mu=0.3)
+    cols = shapes[0][1]
+    _, safety, task, x_s, x_t = case(7, rows=1, cols=cols)
+    rng = np.random.default_rng(8)
+    for rows, _ in shapes:
+        old = torch.from_numpy(rng.normal(size=(rows, cols))).to(dtype)
+        new = (old.double() + torch.from_numpy(0.3 * rng.normal(size=(rows, cols)))).to(dtype)
+        kept_new = new.clone()
+        edit = run(method, LayerChange("up", 1, 4, "up", old, new), safety, task)
+        assert torch.equal(new, kept_new)
+        assert edit.weight.dtype == dtype
+        kept, wanted = [(1.0, oracle.hessian(x_s, len(x_s)))], oracle.hessian(x_t, len(x_t))
+        expected = oracle.least_squares(old.double().numpy(), new.double().numpy(), kept, wanted, 0.3, 1e-4)
+        np.testing.assert_allclose(edit.weight.double().numpy(), expected, rtol=0, atol=atol)
+        if dtype == torch.bfloat16:  # but for a rounding here and there it is the float64 result in bfloat16
+            exact = torch.from_numpy(expected).to(dtype)
+            assert float((edit.weight != exact).double().mean()) < 0.01
+
+
+def test_sixteen_bit_weights_lose_nothing_by_float32_where_the_input_has_huge_directions():
+    """Inputs of a language model: a few directions hold nearly all of the power, and the sum is badly conditioned."""
+    rng = np.random.default_rng(3)
+    rows, cols = 260, 200
+    scales = np.exp(2.5 * rng.normal(size=cols))
+    scales[:2] = 3e3
+    x_s, x_t = (scales * rng.normal(size=(n, cols)) for n in (40, 150))
+    safety, task = (
+        InputStatistics(torch.from_numpy(oracle.hessian(x, len(x))).float().tril(), None, len(x), 1, "up")
+        for x in (x_s, x_t)
+    )
+    grams = [seen.gram.double().numpy() + np.tril(seen.gram.double().numpy(), -1).T for seen in (safety, task)]
+    old = torch.from_numpy(rng.normal(size=(rows, cols))).bfloat16()
+    new = (old.double() + torch.from_numpy(0.05 * rng.normal(size=(rows, cols)))).bfloat16()
+    edit = run(create_method("hpa_ls"), LayerChange("up", 1, 4, "up", old, new), safety, task)
+    expected = oracle.least_squares(old.double().numpy(), new.double().numpy(), [(1.0, grams[0])], grams[1], 0.1, 1e-4)
+    assert float((edit.weight != torch.from_numpy(expected).bfloat16()).double().mean()) < 0.01
+
+
+def test_sums_with_random_signs_keep_the_sum_of_squares():
+    rows = 3000
+    sketch = _Sketch(rows, 2, torch.device("cpu"))
+    same = torch.stack(
+        [torch.ones(rows), torch.arange(rows) % 2 - 0.5], dim=1
+    )  # adding all up, without signs, fails both
+    for first in range(0, rows, 700):
+        sketch.add(first, same[first : first + 700])
+    expected = same.double().square().sum(dim=0)
+    np.testing.assert_allclose(sketch.rows.square().mean(dim=0), expected, rtol=4 * math.sqrt(2 / 128))
+
+
+def test_the_numbers_of_many_rows_are_estimates_of_the_exact_ones():
+    rows, cols = 3000, 60
+    change, safety, task, _, _ = case(5, rows=rows, cols=cols)
+    estimated = run(create_method("hpa_ls"), change, safety, task).numbers
+    keys = ("update_left", "kept_inputs_change_left", "task_change_lost")
+    exact = run(
+        create_method("hpa_ls"),
+        LayerChange(
+            "up",
+            1,
+            4,
+            "up",
+            change.before,
+            LowRankUpdate(A=torch.eye(cols, dtype=torch.float64), B=change.update - change.before, scale=1.0),
+        ),
+        safety,
+        task,
+    ).numbers
+    assert estimated["update_left"] == pytest.approx(exact["update_left"], rel=1e-9)  # of all rows
+    for key in keys[1:]:
+        assert estimated[key] == pytest.approx(exact[key], rel=0.1)
+        assert estimated[key] != pytest.approx(exact[key], rel=1e-6)
+    again = run(create_method("hpa_ls"), change, safety, task).numbers
+    assert again == estimated  # the signs are the same each time
 
 
 def test_layers_of_one_input_share_one_factorisation(monkeypatch):

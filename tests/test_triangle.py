@@ -47,6 +47,10 @@ def test_every_kind_of_triangle_is_its_matrix(cols: int) -> None:
     ]
     for triangle, expected, tolerance in kinds:
         np.testing.assert_allclose(triangle.lower().numpy(), np.tril(expected), rtol=0, atol=tolerance)
+        whole = triangle.symmetric(at_least=torch.float32)
+        assert whole.dtype == triangle.rows(0, 1).dtype
+        assert triangle.symmetric(at_least=torch.float64).dtype == torch.float64
+        np.testing.assert_allclose(whole.numpy(), expected, rtol=0, atol=tolerance)
         np.testing.assert_allclose(triangle.product(left), left.numpy() @ expected, rtol=0, atol=20 * tolerance * cols)
         np.testing.assert_allclose(triangle.packed(), expected[np.tril_indices(cols)], rtol=1e-6, atol=1e-6)
 
@@ -70,6 +74,7 @@ def test_cholesky_factor_solves_and_measures(cols: int) -> None:
 def test_least_squares_by_blocks_is_the_formula(monkeypatch: pytest.MonkeyPatch, reuse: bool) -> None:
     """Several blocks of columns, several of rows, a memory, all numbers against plain float64 matrices."""
     monkeypatch.setattr("hpa.methods.hpa_ls.ROWS_SIZE", 0)  # 64 rows at a time
+    monkeypatch.setattr("hpa.methods.hpa_ls.SKETCH", 150)  # the numbers of all rows, not estimates
     rows, cols, mu = 150, 23, 0.3
     draw = np.random.default_rng(4)
     old = draw.standard_normal((rows, cols))

@@ -73,6 +73,20 @@ class Triangle:
             out[:, first:last].addmm_(left[:, first:last], corner + corner.tril(-1).T)
         return out
 
+    def symmetric(self, *, at_least: torch.dtype) -> Tensor:
+        """All of it, ``[cols, cols]`` with both triangles, in the type that it is stored in or a wider one."""
+        out: Tensor | None = None
+        for first, last in self.blocks():
+            part = self.rows(first, last)
+            part = part.to(torch.promote_types(part.dtype, at_least))
+            if out is None:
+                out = part.new_empty(self.cols, self.cols)
+            out[first:last, :last] = part
+            out[:first, first:last] = part[:, :first].T
+            corner = part[:, first:]
+            out[first:last, first:last] += corner.tril(-1).T
+        return torch.empty(0, 0, dtype=at_least) if out is None else out
+
     def packed(self) -> Tensor:
         """``[cols (cols+1)/2]`` float32, row by row."""
         # By rows: an index of the whole triangle would take several times the matrix.

@@ -15,9 +15,12 @@ A low-rank update stays low-rank: the filter acts on its A factor.  The Gram mat
 throughout, which cancels.  Relatives: RegMean (merging by Gram matrices), GPM (a hard subspace, during training) and
 AlphaEdit (editing in a null space).
 
-All arithmetic is float64, and no square is ever formed: the triangles are read by blocks of rows, and all that is held
-is the Cholesky factor of A + B, ``4 cols (cols + 512)`` bytes (11008 columns: 0.51 GB), and a few hundred rows of the
-weight.  A layer costs ``7 rows cols^2`` operations (LoRA: ``7 rank cols^2``), an input ``cols^3 / 3``.
+What is solved is solved in float64: the triangles are read by blocks of rows, and what is held is the Cholesky factor of
+A + B, ``4 cols (cols + 512)`` bytes (11008 columns: 0.51 GB), and a few hundred rows of the weight.  An input costs
+``cols^3 / 3`` operations, and a layer that is narrower than its input ``4 rows cols^2`` (LoRA: ``7 rank cols^2``).  For the
+others the filter is formed once an input, ``2 cols^3`` operations and ``4 cols^2`` bytes (``8 cols^2`` for weights of 32 bits
+and more), and then a layer is one matrix product, ``2 rows cols^2``; weights of 16 bits take it in float32, whose rounding is
+a thousandth of theirs.
 """
 
 from __future__ import annotations
@@ -41,7 +44,8 @@ from hpa_ext import DampingWarning, FactorizationError
 
 __all__ = ["HPALeastSquares", "LeastSquaresConfig"]
 
-ROWS_SIZE = 16 << 20  # bytes of a weight's rows in float64 that are filtered at a time
+ROWS_SIZE = 32 << 20  # bytes of a weight's rows that are filtered at a time
+SKETCH = 128  # rows, or sums of rows with random signs, from which the numbers of a dense edit are taken
 
 
 class LeastSquaresConfig(CalibrationConfig):
@@ -124,8 +128,10 @@ class HPALeastSquares(Method):
         return type(self)(self.config.model_copy(update={"mu": self.config.mu / strength}))
 
     def work_size(self, rows: int, cols: int) -> int:
-        # The factor, and what apply() holds of some rows and of a triangle's block.
-        return 4 * cols * (cols + 512) + 5 * min(8 * rows * cols, ROWS_SIZE) + 2 * 8 * min(512, cols) * cols
+        # The factor, the filter if it is formed, what is held of some rows or the sketch, and a triangle's block.
+        formed = 12 * cols * cols if rows >= cols else 0  # float64 statistics and a float32 filter: both for a moment
+        in_rows = 5 * max(min(8 * rows * cols, ROWS_SIZE), 8 * min(rows, SKETCH) * cols)
+        return 4 * cols * (cols + 512) + formed + in_rows + 2 * 8 * min(512, cols) * cols
 
     def edit_layer(
         self,
@@ -254,7 +260,8 @@ class HPALeastSquares(Method):
 
 @dataclass
 class _Sums:
-    """Inner products of an update and its edit, plain and weighed by ``S = A + B`` or ``L = X_t'X_t/N_t``."""
+    """Inner products of an update and its edit, plain and weighed by ``S = A + B`` or ``L = X_t'X_t/N_t``, over the rows
+    that stand for all (see :class:`_Sketch`)."""
 
     old: float = 0.0  # <old, old>
     new: float = 0.0
@@ -263,6 +270,8 @@ class _Sums:
     old_learned: float = 0.0  # <old L, old>
     new_learned: float = 0.0
     both_learned: float = 0.0  # <old L, new>
+    all_old: float = 0.0  # <old, old> over all rows
+    all_new: float = 0.0
 
 
 @dataclass(eq=False)
@@ -279,6 +288,7 @@ class _Filter:
     ridge_size: float = 0.0  # l
     proximal_size: float = 0.0  # p
     sums: _Sums = field(default_factory=_Sums)
+    formed: dict[torch.dtype, Tensor] = field(default_factory=dict)  # F [cols, cols], once a layer has paid for it
 
     @property
     def something_kept(self) -> bool:
@@ -344,17 +354,48 @@ class _Filter:
     def apply_dense(self, before: Tensor, after: Tensor, *, reuse: bool) -> Tensor:
         """``W_o + (W_n - W_o) F``, some rows at a time; into the memory of ``after`` where it may be reused."""
         out = after if reuse and after.dtype == before.dtype else torch.empty_like(before)
-        step = max(64, ROWS_SIZE // (8 * max(before.shape[1], 1)))
-        for first in range(0, before.shape[0], step):
-            rows = slice(first, first + step)
-            base = before[rows].double()
-            new = self.apply(after[rows].double() - base, lambda left, right: float((left * right).sum()))
-            out[rows] = new.add_(base).to(out.dtype)
+        rows, cols = before.shape
+        matrix = self._matrix(before, after)
+        dtype = torch.float64 if matrix is None else matrix.dtype
+        seen = _Sketch(rows, cols, before.device)
+        step = max(64, ROWS_SIZE // (dtype.itemsize * max(cols, 1)))
+        for first in range(0, rows, step):
+            part = slice(first, first + step)
+            base = before[part].to(dtype)
+            old = after[part].to(dtype) - base
+            seen.add(first, old)
+            new = old @ matrix if matrix is not None else self._solved(old)
+            self.sums.all_old += float(torch.linalg.vector_norm(old, dtype=torch.float64)) ** 2
+            self.sums.all_new += float(torch.linalg.vector_norm(new, dtype=torch.float64)) ** 2
+            out[part] = new.add_(base).to(out.dtype)
+        self.apply(seen.rows, lambda left, right: float((left * right).sum()))
         return out
+
+    def _solved(self, old: Tensor) -> Tensor:
+        assert self.factor is not None
+        return self.factor.solve(self.learned.product(old).mul_(self.mu).add_(old, alpha=self.ridge_size))
+
+    def _matrix(self, before: Tensor, after: Tensor) -> Tensor | None:
+        """``F``, where it is there already or a layer of this shape is cheaper with it."""
+        assert self.factor is not None
+        stored = torch.promote_types(before.dtype, after.dtype)
+        dtype = torch.float32 if stored.itemsize <= 2 else torch.float64
+        rows, cols = before.shape
+        if dtype not in self.formed and rows >= cols:
+            # Rows of F are rows of B, solved, and take B's place.  L stays in the type it is stored in: if B and A + B had
+            # different roundings of it, solving would magnify the difference.
+            matrix = self.learned.symmetric(at_least=dtype).to(before.device)
+            for first, last in self.learned.blocks():
+                wanted = self.mu * matrix[first:last].double()
+                wanted[:, first:last].diagonal().add_(self.ridge_size)
+                matrix[first:last] = self.factor.solve(wanted)
+            self.formed[dtype] = matrix.to(dtype)
+        return self.formed.get(dtype)
 
     def effects(self) -> dict[str, Number]:
         """Shares of squared norms: what is left of the update, what is left of its effect on the outputs for safety and
-        memory inputs, and what is lost of its effect for the task's inputs.  Of all that was applied since last asked.
+        memory inputs, and what is lost of its effect for the task's inputs.  Of all that was applied since last asked;
+        of a dense update with more than 128 rows the last two are estimates, see :class:`_Sketch`.
         """
         sums, self.sums = self.sums, _Sums()
         mu, identity = self.mu, self.ridge_size + self.proximal_size
@@ -362,10 +403,35 @@ class _Filter:
         new_kept = sums.new_summed - mu * sums.new_learned - identity * sums.new
         lost = sums.old_learned - 2 * sums.both_learned + sums.new_learned
         return {
-            "update_left": _ratio(sums.new, sums.old),
+            "update_left": _ratio(sums.all_new, sums.all_old) if sums.all_old else _ratio(sums.new, sums.old),
             "kept_inputs_change_left": _ratio(new_kept, old_kept),
             "task_change_lost": _ratio(lost, sums.old_learned),
         }
+
+
+class _Sketch:
+    """What stands for an update's rows where only sums of squares over them are asked for.
+
+    Up to 128 rows they are the rows themselves.  More are added up 128 times, each time with other random signs:
+    ``E |R U M|^2 = 128 |U M|^2`` for any ``M``, with a relative standard deviation of at most ``sqrt(2 / 128)`` for an update
+    of rank 1 and less the more directions it has.  The same sums stand for the update and its edit, so in the ratio of two
+    norms much of it cancels.
+    """
+
+    def __init__(self, rows: int, cols: int, device: torch.device) -> None:
+        self.rows = torch.zeros(min(rows, SKETCH), cols, dtype=torch.float64, device=device)
+        self._signs: Tensor | None = None
+        if rows > SKETCH:
+            generator = torch.Generator().manual_seed(rows)
+            self._signs = torch.randint(0, 2, (SKETCH, rows), generator=generator).mul_(2).sub_(1).to(device)
+
+    def add(self, first: int, rows: Tensor) -> None:
+        """Rows ``first`` and on."""
+        stop = first + rows.shape[0]
+        if self._signs is None:
+            self.rows[first:stop] = rows
+        else:
+            self.rows += self._signs[:, first:stop].to(rows) @ rows
 
 
 def _summed(
