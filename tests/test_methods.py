@@ -589,9 +589,7 @@ def test_sixteen_bit_weights_lose_nothing_by_float32_where_the_input_has_huge_di
 def test_sums_with_random_signs_keep_the_sum_of_squares():
     rows = 3000
     sketch = _Sketch(rows, 2, torch.device("cpu"))
-    same = torch.stack(
-        [torch.ones(rows), torch.arange(rows) % 2 - 0.5], dim=1
-    )  # adding all up, without signs, fails both
+    same = torch.stack([torch.ones(rows), torch.arange(rows) % 2 - 0.5], dim=1)
     for first in range(0, rows, 700):
         sketch.add(first, same[first : first + 700])
     expected = same.double().square().sum(dim=0)

@@ -15,12 +15,12 @@ A low-rank update stays low-rank: the filter acts on its A factor.  The Gram mat
 throughout, which cancels.  Relatives: RegMean (merging by Gram matrices), GPM (a hard subspace, during training) and
 AlphaEdit (editing in a null space).
 
-What is solved is solved in float64: the triangles are read by blocks of rows, and what is held is the Cholesky factor of
-A + B, ``4 cols (cols + 512)`` bytes (11008 columns: 0.51 GB), and a few hundred rows of the weight.  An input costs
-``cols^3 / 3`` operations, and a layer that is narrower than its input ``4 rows cols^2`` (LoRA: ``7 rank cols^2``).  For the
-others the filter is formed once an input, ``2 cols^3`` operations and ``4 cols^2`` bytes (``8 cols^2`` for weights of 32 bits
-and more), and then a layer is one matrix product, ``2 rows cols^2``; weights of 16 bits take it in float32, whose rounding is
-a thousandth of theirs.
+What is solved is solved in float64: the triangles are read by blocks of rows, and what is held is the Cholesky factor
+of A + B, ``4 cols (cols + 512)`` bytes (11008 columns: 0.51 GB), and a few hundred rows of the weight.  An input costs
+``cols^3 / 3`` operations, and a layer that is narrower than its input ``4 rows cols^2`` (LoRA: ``7 rank cols^2``).  For
+others the filter is formed, once an input: ``2 cols^3`` operations and ``4 cols^2`` bytes (``8 cols^2`` for weights of
+32 bits and more).  A layer then is one matrix product, ``2 rows cols^2``; weights of 16 bits take it in float32, whose
+rounding is a thousandth of theirs.
 """
 
 from __future__ import annotations
@@ -260,8 +260,8 @@ class HPALeastSquares(Method):
 
 @dataclass
 class _Sums:
-    """Inner products of an update and its edit, plain and weighed by ``S = A + B`` or ``L = X_t'X_t/N_t``, over the rows
-    that stand for all (see :class:`_Sketch`)."""
+    """Inner products of an update and its edit, plain and weighed by ``S = A + B`` or ``L = X_t'X_t/N_t``, over the
+    rows that stand for all (see :class:`_Sketch`)."""
 
     old: float = 0.0  # <old, old>
     new: float = 0.0
@@ -382,8 +382,8 @@ class _Filter:
         dtype = torch.float32 if stored.itemsize <= 2 else torch.float64
         rows, cols = before.shape
         if dtype not in self.formed and rows >= cols:
-            # Rows of F are rows of B, solved, and take B's place.  L stays in the type it is stored in: if B and A + B had
-            # different roundings of it, solving would magnify the difference.
+            # Rows of F are rows of B, solved, and take B's place.  L stays in the type it is stored in: if B and A + B
+            # had different roundings of it, solving would magnify the difference.
             matrix = self.learned.symmetric(at_least=dtype).to(before.device)
             for first, last in self.learned.blocks():
                 wanted = self.mu * matrix[first:last].double()
@@ -413,9 +413,9 @@ class _Sketch:
     """What stands for an update's rows where only sums of squares over them are asked for.
 
     Up to 128 rows they are the rows themselves.  More are added up 128 times, each time with other random signs:
-    ``E |R U M|^2 = 128 |U M|^2`` for any ``M``, with a relative standard deviation of at most ``sqrt(2 / 128)`` for an update
-    of rank 1 and less the more directions it has.  The same sums stand for the update and its edit, so in the ratio of two
-    norms much of it cancels.
+    ``E |R U M|^2 = 128 |U M|^2`` for any ``M``; the relative standard deviation is at most ``sqrt(2 / 128)``, reached
+    by an update of rank 1.  The same sums stand for the update and its edit, so in the ratio of two norms much of it
+    cancels.
     """
 
     def __init__(self, rows: int, cols: int, device: torch.device) -> None:
