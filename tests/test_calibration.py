@@ -14,6 +14,7 @@ from torch import nn
 
 from hpa.calibration import CalibrationStream, CalibrationWarning, calibrate, find_layers
 from hpa.config import CalibrationConfig
+from hpa.hidden_states import HiddenStates
 from hpa.layers import InputStatistics
 
 BOTH = ("diagonal", "gram")
@@ -73,6 +74,80 @@ def test_blocks_one_by_one_see_what_whole_forward_passes_see(case):
     for name, statistics in found.items():
         # The same float64 operations on the same numbers; what differs is the order in which tokens are summed.
         assert_same_statistics(statistics, x[name], rtol=1e-13)
+
+
+@pytest.mark.parametrize("memory", [0, 1500, None])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_hidden_states_on_disk_change_no_bit(tmp_path, memory, dtype):
+    batches = [tiny.text_batch(seed, samples=1 + seed % 2, length=5 + seed) for seed in range(5)]
+    model = tiny.llama().to(dtype)
+    hidden = HiddenStates(memory, tmp_path)
+    stream = CalibrationStream(model, batches, want=("gram",), hidden=hidden)
+    expected = statistics_of(model, batches, want=("gram",))
+    stream.capture()
+    sizes = [batch["input_ids"].numel() * model.config.hidden_size * dtype.itemsize for batch in batches]
+    assert hidden.bytes_held + hidden.bytes_on_disk == sum(sizes)
+    assert len(hidden) == 5
+    assert hidden.bytes_held == sum(sizes) if memory is None else hidden.bytes_held <= memory
+    assert memory != 1500 or hidden.bytes_held > 0
+    assert list(tmp_path.iterdir()) == []  # a killed process leaves nothing behind
+    for number in stream.numbers:
+        for name, statistics in stream.block(number).items():
+            assert torch.equal(statistics.gram, expected[name].gram), name
+    assert len(hidden) == 0
+
+
+def test_hidden_states_hold_tensors_of_any_shape_and_type_in_any_order(tmp_path):
+    hidden = HiddenStates(64, tmp_path)
+    rng = np.random.default_rng(0)
+    kept: dict[int, torch.Tensor] = {}
+    for _ in range(300):
+        index = int(rng.integers(0, 6))
+        shape = tuple(int(n) for n in rng.integers(0, 5, size=rng.integers(0, 4)))
+        dtype = [torch.float32, torch.bfloat16, torch.float64, torch.int64][int(rng.integers(0, 4))]
+        tensor = (100 * torch.from_numpy(rng.normal(size=shape))).to(dtype)
+        kept[index] = tensor.T if tensor.ndim == 2 else tensor  # views too
+        hidden[index] = kept[index]
+        assert hidden.bytes_held <= 64
+        for number, expected in kept.items():
+            assert torch.equal(hidden[number], expected)
+            assert hidden[number].dtype == expected.dtype
+    assert len(hidden) == len(kept)
+    hidden.clear()
+    assert (len(hidden), hidden.bytes_held, hidden.bytes_on_disk) == (0, 0, 0)
+
+
+def test_batches_of_an_iterator_are_taken_one_by_one_and_let_go():
+    """Pictures of all samples at once can take more than the model."""
+    alive, most = weakref.WeakSet(), 0
+
+    def batches():
+        nonlocal most
+        for seed in range(6):
+            batch = tiny.image_batch(seed)
+            alive.add(batch["pixel_values"])
+            most = max(most, len(alive))
+            yield batch
+            del batch
+            gc.collect()
+
+    model = tiny.llava()
+    stream = CalibrationStream(model, batches(), want=("gram",))
+    expected = statistics_of(model, [tiny.image_batch(seed) for seed in range(6)], want=("gram",))
+    found = {name: seen for number in stream.numbers for name, seen in stream.block(number).items()}
+    assert most <= 2  # the first is looked at before the rest is asked for
+    assert not alive
+    assert all(torch.equal(found[name].gram, expected[name].gram) for name in expected)
+
+
+def test_the_whole_route_sees_every_batch_of_an_iterator():
+    model, batches = tiny.llama(), [tiny.text_batch(seed) for seed in range(3)]
+    expected = statistics_of(model, batches, want=("gram",))
+    for block in model.model.layers:  # a model that works on the hidden states between its blocks
+        block.register_forward_hook(lambda _module, _args, output: output * 1.0)
+    with pytest.warns(CalibrationWarning, match="one by one"):
+        found = statistics_of(model, iter(batches), want=("gram",))
+    assert all(torch.equal(found[name].gram, expected[name].gram) for name in expected)
 
 
 def test_float32_models_accumulate_in_float32():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import warnings
 from dataclasses import replace
@@ -21,6 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, CLIPImageProcessor, LlavaProcessor
 
 import hpa as library
+from hpa.calibration import CalibrationStream
 from hpa.checkpoint import CalibrationJob, CheckpointError, Folder, Job, Statistics, adapt_checkpoint, plan_job
 from hpa.checkpoint.adapt import check_files
 from hpa.checkpoint.calibrate import calibrate_checkpoint
@@ -484,6 +486,36 @@ def test_keep_on_the_command_line(tmp_path: Path) -> None:
     plain, samples, file = (all_tensors(tmp_path / name) for name in ("plain", "samples", "file"))
     assert all(torch.equal(samples[name], file[name]) for name in samples)
     assert any(not torch.equal(samples[name], plain[name]) for name in samples)
+
+
+@pytest.mark.parametrize("make", [tiny_models.llama, qwen2_moe], ids=["plain", "fused experts"])
+def test_a_calibration_within_a_budget_is_the_same_file(tmp_path: Path, make: Any) -> None:
+    pair = Pair(tmp_path, make)
+    given = ["calibrate", pair.after, pair.task, "--as", "task", "-q"]
+    hpa(*given, "-o", tmp_path / "held.safetensors")
+    done = hpa(*given, "-o", tmp_path / "spilled.safetensors", "--max-memory", "20K")
+    assert re.fullmatch(r"warning: max_memory: 0.02 MB were given, and .* take up to 0\.\d\d MB\n", done.stderr)
+    one, two = (tmp_path / f"{name}.safetensors" for name in ("held", "spilled"))
+    assert one.read_bytes() == two.read_bytes()
+    assert {path.name for path in tmp_path.glob(".*")} == set()
+    assert "--max-memory: expected a size like 2G" in hpa(*given, "-o", one, "--max-memory", "much", code=2).stderr
+
+
+def test_what_a_block_takes_is_counted(tmp_path: Path) -> None:
+    """Weights outside the blocks (not the head), the largest block, its sums, and a square of its widest input."""
+    pair = Pair(tmp_path, tiny_models.llama, dtype=torch.bfloat16)
+    held = all_tensors(pair.before)
+    parts = {name: tensor.numel() for name, tensor in held.items()}
+    block = [sum(size for name, size in parts.items() if f"layers.{number}." in name) for number in range(3)]
+    outside = sum(size for name, size in parts.items() if ".layers." not in name and "lm_head" not in name)
+    lazy = LazyModel(Folder(pair.before, "BEFORE"), dtype=torch.float32)
+    buffers = sum(buffer.numel() * buffer.element_size() for buffer in lazy.model.buffers())
+    assert lazy.weights_size == 4 * (outside + max(block)) + buffers
+    stream = CalibrationStream(lazy.model, [tiny_models.text_batch(0)], want=("gram",))
+    widths = [tensor.shape[1] for name, tensor in held.items() if "layers.0." in name and tensor.ndim == 2]
+    assert stream.sums_size == 4 * (sum(width**2 for width in widths) + max(widths) ** 2)
+    stream.block(1)
+    assert lazy.weights_size == 4 * (outside + max(block)) + buffers  # with a block in its place
 
 
 def with_keep(given: Job, kept: CalibrationJob) -> Job:

@@ -25,6 +25,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from itertools import chain, islice
 from typing import Any, Literal, Protocol, cast
 
 import torch
@@ -32,6 +33,7 @@ from torch import Tensor, nn
 
 import hpa_ext
 from hpa.config import CalibrationConfig
+from hpa.hidden_states import HiddenStates
 from hpa.layers import InputStatistics, clean_name
 
 __all__ = [
@@ -199,12 +201,15 @@ class CalibrationStream:
         label: str = "batches",
         experts: bool = False,
         exchange: Exchange | None = None,
+        hidden: HiddenStates | None = None,
     ) -> None:
-        """``context`` surrounds every forward pass (to switch adapters off); ``label`` names the set in errors.
+        """``batches`` that come from an iterator are taken one by one, while :meth:`capture` runs, and not kept.
+
+        ``context`` surrounds every forward pass (to switch adapters off); ``label`` names the set in errors.
 
         ``experts``: also the inputs of experts that a model keeps in one tensor, as entries of their own named
         ``<experts module>.<number>.in`` (gate and up) and ``.out`` (down).  ``exchange`` sums over the processes that
-        have each a part of the samples.
+        have each a part of the samples.  ``hidden`` holds what goes from block to block, and is this stream's alone.
         """
         self.config = CalibrationConfig() if config is None else config
         self.model = unwrap(model)
@@ -230,11 +235,14 @@ class CalibrationStream:
                 self._experts[number] = {f"{path}.{name}": child for name, child in _fused_experts(module)}
         if max(self._layers) > len(self._blocks):
             raise ValueError(f"layers: block {max(self._layers)} is named, but the decoder has {len(self._blocks)}")
-        self._batches = [self._prepared(batch, index) for index, batch in enumerate(batches)]
+        prepared = (self._prepared(batch, index) for index, batch in enumerate(batches))
+        # Pictures can take more than all else: a list is the caller's, and checked at once, but no second one is made.
+        self._batches = list(prepared) if isinstance(batches, Sequence) else list(islice(prepared, 1))
+        self._waiting: Iterator[_Batch] = prepared
         if not self._batches:
             raise ValueError(f"{label}: expected at least one batch, got none")
         self._calls: list[list[_Call]] = []
-        self._hidden: list[Tensor] = []
+        self._hidden = HiddenStates() if hidden is None else hidden
         self._next = 1
         self._collectors: dict[int, _Collector] = {}
 
@@ -242,6 +250,20 @@ class CalibrationStream:
     def numbers(self) -> list[int]:
         """Blocks with layers to edit, in order."""
         return sorted(self._layers)
+
+    @property
+    def sums_size(self) -> int:
+        """Bytes that the sums of a block and the work of one inverse take at most: layers that turn out to be fed by
+        the same tensor share a sum."""
+        widths: dict[int, list[int]] = {
+            number: [linear.in_features for linear in layers.values()] for number, layers in self._layers.items()
+        }
+        for number, experts in self._experts.items():
+            for module in experts.values():
+                both, last = (cast(Tensor, getattr(module, key)) for key in ("gate_up_proj", "down_proj"))
+                widths[number] += [both.shape[2], last.shape[2]] * both.shape[0]
+        itemsize: int = getattr(torch, self.config.gram_dtype).itemsize
+        return max(itemsize * (sum(cols**2 for cols in wide) + max(wide) ** 2) for wide in widths.values())
 
     def capture(self) -> str:
         """Run what comes before the first block.
@@ -253,17 +275,19 @@ class CalibrationStream:
         with self._running():
             as_tuple = _block_output_format(self.model, self._blocks, self._batches[0].inputs)
             if as_tuple is None:
+                self._batches += self._waiting
                 self.route = "whole"
                 return self.route
             self.route = "blocks"
+            first, self._batches = self._batches, []
             with self._collecting(0):
-                for batch in self._batches:
+                for batch in chain(first, self._waiting):
                     self._note_batch(batch)
                     hidden, calls = _record_calls(self.model, self._blocks, batch.inputs, as_tuple)
-                    self._hidden.append(hidden)
+                    self._hidden[len(self._batches)] = hidden
                     self._calls.append(calls)
-        for batch in self._batches:
-            batch.inputs = {}
+                    batch.inputs = {}
+                    self._batches.append(batch)
         return self.route
 
     def collect(self) -> None:
@@ -305,11 +329,11 @@ class CalibrationStream:
         for index, batch in enumerate(self._batches):
             self._note_batch(batch)
             call = self._calls[index][number - 1]
-            output = call.run(module, self._hidden[index])
-            self._hidden[index] = output
+            self._hidden[index] = call.run(module, self._hidden[index])
             self._calls[index][number - 1] = _SPENT
         if number == len(self._blocks):
-            self._hidden, self._calls = [], []
+            self._hidden.clear()
+            self._calls = []
 
     @contextmanager
     def _running(self) -> Iterator[None]:

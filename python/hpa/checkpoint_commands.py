@@ -218,12 +218,19 @@ def calibrate_command(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="damping, normalize, token_filter ...; may be repeated."),
     ] = None,
+    max_memory: Annotated[
+        str | None,
+        typer.Option(
+            "--max-memory", help="What a process may hold besides the program: 2G ...", show_default="no bound"
+        ),
+    ] = None,
     trust_remote_code: RemoteCode = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No bars.")] = False,
 ) -> None:
     """What a model's layers are fed with by a set of samples, as one file that edits need.
 
-    Only one decoder block is in memory at a time.  Under torchrun, the samples are shared by its processes.
+    Only one decoder block is in memory at a time; hidden states that --max-memory has no room for wait in a file.
+    Under torchrun, the samples are shared by its processes.
     """
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     import torch
@@ -248,6 +255,7 @@ def calibrate_command(
         device=device,
         max_length=max_length,
         trust_remote_code=trust_remote_code,
+        max_memory=None if max_memory is None else _bytes(max_memory),
     )
     first = os.environ.get("RANK", "0") == "0"
     with _Bars(quiet or not first) as bars:

@@ -18,6 +18,7 @@ import gc
 import os
 import signal
 import sys
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -272,6 +273,10 @@ def main() -> NoReturn:
     signal.signal(signal.SIGTERM, _terminate)
     # Imports make a million objects, of which none is garbage: looking for it takes a fifth of their time.
     gc.set_threshold(50_000, *gc.get_threshold()[1:])
+    others = warnings.formatwarning
+    warnings.formatwarning = lambda message, category, *rest: (
+        f"warning: {message}\n" if category.__module__.startswith("hpa") else others(message, category, *rest)
+    )
     try:
         app()
     except KeyboardInterrupt:

@@ -210,7 +210,9 @@ def _calibrated(job: Job, work: Path, claims: Claims, listener: Listener) -> Job
                     time.sleep(0.2)
                 elif not path.exists():
                     listener.say(f"calibrating on the {role} set")
-                    calibrate_checkpoint(replace(calibration, out=path, want=wanted[role]), listener.block)
+                    calibrate_checkpoint(
+                        replace(calibration, out=path, want=wanted[role], max_memory=job.max_memory), listener.block
+                    )
         statistics[role] = path
     return job if statistics == job.statistics else replace(job, statistics=statistics)
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from hpa.calibration import CalibrationStream, find_layers
+from hpa.calibration import CalibrationStream, CalibrationWarning, find_layers
 from hpa.checkpoint.adapter import Adapter
 from hpa.checkpoint.distributed import process_group
 from hpa.checkpoint.files import CheckpointError, Folder
@@ -20,6 +21,7 @@ from hpa.checkpoint.statistics import Role, Statistics, StatisticsInfo, Statisti
 from hpa.config import CalibrationConfig
 from hpa.data.encode import Encoder
 from hpa.data.files import read_conversations
+from hpa.hidden_states import HiddenStates
 
 __all__ = ["CalibrationJob", "calibrate_checkpoint"]
 
@@ -40,6 +42,9 @@ class CalibrationJob:
         energy: store leading vectors that hold this share of a Gram matrix's trace, where that is smaller.
         dtype: of the weights in memory; as stored when ``None``.
         device: where the model runs; under ``torchrun`` ``"cuda"`` is another GPU for each process of a machine.
+        max_memory: bytes that the job (each process of it) may hold besides the program itself: what is left of them by
+            the weights and the sums of a block, the samples' hidden states may take, and the rest of these lies in a
+            file beside ``out`` that has no name.  ``None``: all are held.
     """
 
     model: Path
@@ -57,6 +62,7 @@ class CalibrationJob:
     device: str = "cpu"
     max_length: int = 2048
     trust_remote_code: bool = False
+    max_memory: int | None = None
 
 
 def calibrate_checkpoint(job: CalibrationJob, progress: Callable[[int, int], None] | None = None) -> Statistics | None:
@@ -99,6 +105,7 @@ def calibrate_checkpoint(job: CalibrationJob, progress: Callable[[int, int], Non
         )
     lazy = LazyModel(folder, adapter, dtype=job.dtype, device=device, trust_remote_code=job.trust_remote_code)
     layers = find_layers(lazy.model, job.config.include_projector, blocks=job.config.blocks)
+    hidden = HiddenStates(folder=job.out.parent)
     stream = CalibrationStream(
         lazy.model,
         encoder.batches(conversations),
@@ -108,7 +115,10 @@ def calibrate_checkpoint(job: CalibrationJob, progress: Callable[[int, int], Non
         label=job.role,
         experts=True,
         exchange=group,
+        hidden=hidden,
     )
+    if job.max_memory is not None:
+        hidden.memory = _room(job.max_memory, lazy.weights_size + stream.sums_size)
     decoder = module_decoder(lazy.model, "MODEL")
     with StatisticsWriter(job.out, energy=job.energy) as writer:
         for done, number in enumerate(stream.numbers, start=1):
@@ -142,6 +152,18 @@ def calibrate_checkpoint(job: CalibrationJob, progress: Callable[[int, int], Non
             )
         )
     return Statistics(job.out)
+
+
+def _room(max_memory: int, block: int) -> int:
+    """Bytes of hidden states that may be held beside what a block takes."""
+    if block > max_memory:
+        warnings.warn(
+            f"max_memory: {max_memory / 1e6:.2f} MB were given, and the weights and sums of one block alone take up to "
+            f"{block / 1e6:.2f} MB",
+            CalibrationWarning,
+            stacklevel=3,
+        )
+    return max(0, max_memory - block)
 
 
 def _device(name: str) -> torch.device:

@@ -8,7 +8,9 @@ given up when the next block runs.  Over an adapter, its update is added on the 
 from __future__ import annotations
 
 import contextlib
+import math
 import re
+from collections import Counter
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +19,7 @@ from torch import Tensor, nn
 
 from hpa.calibration import unwrap
 from hpa.checkpoint.adapter import Adapter
-from hpa.checkpoint.files import CheckpointError, Folder, read_tensor
+from hpa.checkpoint.files import DTYPES, CheckpointError, Folder, read_tensor
 from hpa.checkpoint.names import Decoder, find_decoder, reduced
 from hpa.checkpoint.plan import decoder_of
 from hpa.layers import add_update
@@ -78,6 +80,24 @@ class LazyModel:
             for number, block in enumerate(self._blocks):
                 block.register_forward_pre_hook(self._bring(number))
         self.model.eval()
+
+    @property
+    def weights_size(self) -> int:
+        """Bytes of what is in memory while a block runs: the largest block and all outside the blocks (the head apart,
+        which only whole forward passes bring)."""
+        held = {
+            id(tensor): tensor for tensor in (*self.model.parameters(), *self.model.buffers()) if not tensor.is_meta
+        }
+        size = sum(tensor.numel() * tensor.element_size() for tensor in held.values())
+        if not self.streamed or self._resident is not None:
+            return size
+        blocks: Counter[str] = Counter()
+        for name, info in self._folder.tensors.items():
+            match = re.match(r"layers\.(\d+)\.", self._disk.canonical(name) or "")
+            if match is not None:
+                itemsize = (self._dtype or DTYPES[info.dtype]).itemsize
+                blocks[match[1]] += math.prod(info.shape) * itemsize
+        return size + max(blocks.values())
 
     def _bring(self, number: int) -> Callable[..., None]:
         def before_call(block: nn.Module, *_args: Any) -> None:
