@@ -29,13 +29,50 @@ def conditioned(rank: int, n: int, kappa: float, dtype: torch.dtype = torch.floa
     return (left * torch.logspace(0, -math.log10(kappa), rank, dtype=torch.float64) @ right).to(dtype)
 
 
-@pytest.mark.parametrize("kappa", [1e0, 1e2, 1e4, 1e6])
+@pytest.mark.parametrize("kappa", [1, 2, 5, 8, 15, 30, 1e2, 1e4, 1e6])
 def test_orthogonality_does_not_depend_on_the_condition(isa: str, kappa: float) -> None:
     vectors = conditioned(64, 3000, kappa)
     kept = hpa_ext.orthonormalize_(vectors, rtol=0.0)
     assert kept == 64
     # Twice is enough: the roundoff of float32 and of the sums in a lane, below 1e-6; one pass leaves kappa times it.
     assert loss(vectors) < 16 * 2.0**-24
+    q = f64(vectors)
+    assert np.linalg.norm(q @ q.T - np.eye(64), 2) < 16 * 2.0**-24
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-17, 1e-11, 1.0, 1e11, 1e17])
+@pytest.mark.parametrize("kappa", [1, 40])
+def test_any_length_of_rows_will_do(isa: str, size: float, kappa: float) -> None:
+    """Squares of the first and the last two overflow or vanish in float32."""
+    rows = conditioned(20, 5000, kappa)
+    whole = rows.clone()
+    assert hpa_ext.orthonormalize_(whole) == 20
+    rows *= torch.logspace(-1, 1, 20)[:, None] * size
+    assert hpa_ext.orthonormalize_(rows) == 20
+    assert loss(rows) < 16 * 2.0**-24
+    np.testing.assert_allclose(f64(rows), f64(whole), rtol=0, atol=2e-5 * kappa)
+
+
+@pytest.mark.parametrize("noise", [0.3, 0.03, 3e-3, 1e-4])
+def test_rows_that_are_nearly_equal_and_of_one_sign(isa: str, noise: float) -> None:
+    """Sums in float32 round in one direction there, and what is new in a row is a small part of it."""
+    rows = 1 + noise * normal(40, 6000, seed=3)
+    given = f64(rows)
+    assert hpa_ext.orthonormalize_(rows, rtol=0.0) == 40
+    assert loss(rows) < 16 * 2.0**-24
+    q = f64(rows)
+    rest = given - given @ q.T @ q
+    assert np.linalg.norm(rest, axis=1).max() < 2e-6 * np.linalg.norm(given, axis=1).max()
+
+
+def test_what_is_dropped_is_decided_in_float64(isa: str) -> None:
+    """Rows of which a share close to rtol is new, on either side of it by one part in 100,000."""
+    rtol, columns = 0.2, 4000
+    base = orthonormal_rows(2, columns, seed=1, dtype=torch.float64)
+    for share, kept in ((rtol * (1 + 1e-5), 2), (rtol * (1 - 1e-5), 1)):
+        second = math.sqrt(1 - share**2) * base[0] + share * base[1]
+        rows = torch.stack([base[0], second]).float()
+        assert hpa_ext.orthonormalize_(rows, rtol=rtol) == kept, share
 
 
 def test_rows_lie_in_the_span_of_the_kept_ones_at_any_condition(isa: str) -> None:

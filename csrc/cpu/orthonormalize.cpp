@@ -2,9 +2,12 @@
 //
 // Method       Block Gram-Schmidt with reorthogonalisation (Barlow and Smoktunowicz 2013).  For each block of up to 128
 //              rows, twice: take out the basis and the rows kept so far (project.cpp), then V = L Q with the Cholesky
-//              factor L of the block's Gram matrix (CholeskyQR2).  The first Gram matrix is summed in float64, in which
-//              products of two floats are exact, so its factor stands conditions up to 1e6 where one in float32 stands
-//              1e3.  The second round starts from nearly orthonormal rows and ends at the unit roundoff.
+//              factor L of the block's Gram matrix (CholeskyQR2).  The first Gram matrix is summed in float32 over at
+//              most 2048 columns and in float64 beyond.  Where its factor finds that less than 1e-4 of a row's squared
+//              length is new, or that a row may have to be dropped, it is summed again in float64 throughout, in which
+//              products of two floats are exact: that stands conditions up to 1e6, float32 1e3.  The second round starts
+//              from nearly orthonormal rows and ends at the unit roundoff; where its Gram matrix says that the first
+//              has got there (rows of random numbers), it is left out.
 //              Q comes from forward substitution, not from an inverse: each column of Q solves a triangular system that
 //              differs from L by roundoff, so L Q is V up to the roundoff of V, whatever the condition.
 // Ill cases    Where float64 cannot tell whether a row is kept (less than 1e-12 of its squared length is left and rtol
@@ -12,16 +15,15 @@
 //              eight rows at a time, vector by vector within them, each orthogonalised twice.
 // Dropped      rows with |rest| <= rtol * |v|, and rows that the second round shrinks below 1/sqrt(2) (Kahan and
 //              Parlett): what is left of those is rounding noise, which must not be normalised into a direction.
-// Arithmetic   as project.cpp; the Gram matrix of the second round in float32 over at most 2048 columns, float64 beyond.
-//              Rows are stored in their own dtype between rounds.
-// Flops        4 m^2 n for m <= 128 without a basis: two Gram matrices and two substitutions of m^2 n each, the first of
-//              them in float64.  Householder QR with its Q takes as many.
-// Bytes moved  five times `vectors`: read for the first Gram matrix, then read and written by two substitutions.  The
-//              second Gram matrix is summed from each chunk of columns while it is in the cache.  The minimum of two
-//              rounds is the same.
-// Bound        multiply-adds.  Zen 3, one thread under load, 64 x 131072 float32: 36 GF/s by the count above, where
-//              torch.linalg.qr gets 14.  Seven tenths of the time are the inner loops, three tenths the copies between
-//              memory and the second-level cache.
+// Arithmetic   as project.cpp; rows are stored in their own dtype between rounds.
+// Flops        4 m^2 n for m <= 128 without a basis: two Gram matrices and two substitutions of m^2 n each; 3 m^2 n
+//              without the second substitution, 5 m^2 n where the first Gram matrix is summed twice. Householder QR with
+//              its Q takes 4.
+// Bytes moved  five times `vectors`: read for the first Gram matrix, then read and written by two substitutions (three
+//              times by one). The second Gram matrix is summed from each chunk of columns while it is in the cache.
+// Bound        multiply-adds. Zen 3, one thread under load, 64 x 131072 float32, when all first sums were float64: 36
+//              GF/s by the count above, where torch.linalg.qr gets 14. Seven tenths of the time are the inner loops,
+//              three tenths the copies between memory and the second-level cache.
 // Design       Kept rows move up over dropped ones, so that rows [0, kept) are always the basis so far.  A chunk of
 //              columns is copied into the second-level cache and worked on there.  Chunks are dealt to tasks by shape
 //              alone and the tasks' Gram matrices added in order: the result does not depend on the number of threads.
@@ -46,12 +48,15 @@ constexpr std::int64_t kFewRows = 8;              // rows orthogonalised togethe
 constexpr std::int64_t kChunkBytes = 256 * 1024;  // of rows in the second-level cache
 constexpr std::int64_t kSum = 2048;               // most columns of them: the length of a sum in float32
 constexpr std::int64_t kTasks = 64;               // most tasks, each with a Gram matrix of its own
-constexpr double kTrust = 1e-12;             // part of a squared length that is surely not rounding of the Gram matrix
-constexpr double kShortest = 1e-15;          // lengths whose ratios
-constexpr double kLongest = 1e15;            // float32 can represent
-constexpr std::int64_t kPiece = 4096;        // elements in scratch
-constexpr std::int64_t kTask = 16 * kPiece;  // elements of a task
-constexpr std::int64_t kGrain = 64 * 1024;   // elements worth a thread
+constexpr double kTrust = 1e-12;      // part of a squared length that is surely not rounding of the Gram matrix
+constexpr double kTrustShort = 1e-4;  // the same where its sums are float32
+constexpr double kShortSums[] = {1e-20, 1e20};  // squared lengths for which those are
+constexpr double kOrthonormal = 8 * 0x1p-24;    // Frobenius norm of what a second round would take out for nothing
+constexpr double kShortest = 1e-15;             // lengths whose ratios
+constexpr double kLongest = 1e15;               // float32 can represent
+constexpr std::int64_t kPiece = 4096;           // elements in scratch
+constexpr std::int64_t kTask = 16 * kPiece;     // elements of a task
+constexpr std::int64_t kGrain = 64 * 1024;      // elements worth a thread
 
 TensorView select_rows(TensorView tensor, std::int64_t first, std::int64_t count) {
   tensor.data = static_cast<char*>(tensor.data) + first * tensor.stride[0] * element_size(tensor.dtype);
@@ -111,11 +116,11 @@ class Orthonormalizer {
     OrthonormalizeResult result;
     // With nothing to take out of them first, the Gram matrix of the rows says their lengths.
     const bool alone = !basis_ && rows_.rows() <= kBlockRows;
-    Gram gram(0);
-    if (alone) gram = add_up_gram(0, rows_.rows());
+    Sums sums;
+    if (alone) sums = add_up(0, rows_.rows());
     std::vector<double> lengths;
     for (std::int64_t row = 0; row < rows_.rows(); ++row) {
-      lengths.push_back(alone ? std::sqrt(gram[row * rows_.rows() + row]) : norm(row));
+      lengths.push_back(alone ? std::sqrt(sums.gram[row * rows_.rows() + row]) : norm(row));
       if (!std::isfinite(lengths.back())) {
         result.bad_row = row;
         return result;
@@ -129,9 +134,9 @@ class Orthonormalizer {
           length, length + count, [](double value) { return value == 0 || (kShortest < value && value < kLongest); });
       if (ordinary && !alone) {
         project_out(start, count, kept);
-        gram = add_up_gram(start, count);
+        sums = add_up(start, count);
       }
-      const std::optional<std::int64_t> end = ordinary ? add_block(start, count, kept, length, gram) : std::nullopt;
+      const std::optional<std::int64_t> end = ordinary ? add_block(start, count, kept, length, sums) : std::nullopt;
       kept = end ? *end : add_few_at_a_time(start, count, kept, lengths);
     }
     for (std::int64_t row = kept; row < rows_.rows(); ++row) scale_to(row, row, 0.0);
@@ -142,13 +147,33 @@ class Orthonormalizer {
  private:
   using Gram = Buffer<double>;
 
-  // Takes rows [start, start + count), whose Gram matrix is given, writes those that are independent from row `kept` on.
-  // Returns where they end, or nothing, with nothing written, where float64 cannot tell.
+  // The Gram matrix of a block, and whether it was summed in T within a chunk.
+  struct Sums {
+    Gram gram = Gram(0);
+    bool is_short = false;
+  };
+
+  // In float32 if that does, else in float64.
+  Sums add_up(std::int64_t start, std::int64_t count) const {
+    if constexpr (sizeof(T) == sizeof(float)) {
+      Sums sums{add_up_gram<T>(start, count), true};
+      bool does = true;
+      for (std::int64_t row = 0; row < count; ++row) {
+        const double square = sums.gram[row * count + row];
+        does = does && kShortSums[0] < square && square < kShortSums[1];
+      }
+      if (does) return sums;
+    }
+    return {add_up_gram<double>(start, count), false};
+  }
+
+  // Takes rows [start, start + count), whose Gram matrix is given, writes those that are independent from row `kept`
+  // on.  Returns where they end, or nothing, with nothing written, where float64 cannot tell.
   std::optional<std::int64_t> add_block(std::int64_t start, std::int64_t count, std::int64_t kept, const double* length,
-                                        const Gram& gram) {
+                                        const Sums& sums) {
     std::vector<double> smallest(static_cast<std::size_t>(count));
     for (std::int64_t i = 0; i < count; ++i) smallest[static_cast<std::size_t>(i)] = std::pow(rtol_ * length[i], 2);
-    const Factor first = factorize(count, gram, smallest);
+    const Factor first = first_factor(start, count, smallest, sums);
     if (!first.is_sure) return std::nullopt;
     if (first.order() == 0) return kept;
     const bool alone = !basis_ && kept == 0;
@@ -156,16 +181,39 @@ class Orthonormalizer {
     substitute(start, count, first, kept, alone ? &next : nullptr);
     if (!alone) {
       project_out(kept, first.order(), kept);
-      next = add_up_gram(kept, first.order());
+      next = add_up_gram<double>(kept, first.order());
     }
-    const Factor second = factorize(first.order(), next, std::vector<double>(first.kept.size(), 0.5));
+    if (is_orthonormal(first.order(), next)) return kept + first.order();
+    const Factor second = factorize(first.order(), next, std::vector<double>(first.kept.size(), 0.5), kTrust);
     substitute(kept, first.order(), second, kept, nullptr);
     return kept + second.order();
   }
 
+  // Of short sums, where they keep every row by a margin; which row is dropped is decided in float64 alone.
+  Factor first_factor(std::int64_t start, std::int64_t count, const std::vector<double>& smallest,
+                      const Sums& sums) const {
+    if (!sums.is_short) return factorize(count, sums.gram, smallest, kTrust);
+    std::vector<double> with_margin = smallest;
+    for (double& limit : with_margin) limit *= 1.01;
+    Factor factor = factorize(count, sums.gram, with_margin, kTrustShort);
+    if (factor.is_sure && factor.order() == count) return factor;
+    return factorize(count, add_up_gram<double>(start, count), smallest, kTrust);
+  }
+
+  // Whether a second round would give rows that are no closer to orthonormal.
+  static bool is_orthonormal(std::int64_t order, const Gram& gram) {
+    if (sizeof(T) != sizeof(float)) return false;
+    double squares = 0;
+    for (std::int64_t i = 0; i < order; ++i) {
+      for (std::int64_t j = 0; j < i; ++j) squares += 2 * std::pow(gram[i * order + j], 2);
+      squares += std::pow(gram[i * order + i] - 1, 2);
+    }
+    return std::sqrt(squares) <= kOrthonormal;
+  }
+
   // Cholesky factorisation of a Gram matrix [count, count], which leaves out rows of which not more than `smallest`
-  // remains as a squared length.
-  static Factor factorize(std::int64_t count, const Gram& gram, const std::vector<double>& smallest) {
+  // remains as a squared length.  What is less than the part `trust` of a squared length may be rounding of the matrix.
+  static Factor factorize(std::int64_t count, const Gram& gram, const std::vector<double>& smallest, double trust) {
     Factor result;
     result.lower.resize(static_cast<std::size_t>(count * count));
     for (std::int64_t row = 0; row < count; ++row) {
@@ -180,7 +228,7 @@ class Orthonormalizer {
         rest -= l[k] * l[k];
       }
       const double limit = smallest[static_cast<std::size_t>(row)];
-      const double noise = kTrust * gram[row * count + row];
+      const double noise = trust * gram[row * count + row];
       if (rest > limit && rest > noise) {
         l[known] = std::sqrt(rest);
         result.kept.push_back(row);
@@ -192,29 +240,30 @@ class Orthonormalizer {
     return result;
   }
 
-  // Lower triangle of the Gram matrix of rows [start, start + count), in float64 throughout.
+  // Lower triangle of the Gram matrix of rows [start, start + count): S within a chunk, float64 over chunks.
+  template <class S>
   Gram add_up_gram(std::int64_t start, std::int64_t count) const {
-    const isa::Kernels<double>& wide = isa::active().kernels<double>();
-    const Chunks<double> chunks(count, matrix_.cols);
+    const isa::Kernels<S>& kernels = isa::active().kernels<S>();
+    const Chunks<S> chunks(count, matrix_.cols);
     const int threads = block_threads(count);
-    const auto load = wide.load[static_cast<int>(matrix_.dtype)];
+    const auto load = kernels.load[static_cast<int>(matrix_.dtype)];
     Gram partial(std::max<std::int64_t>(chunks.tasks, 1) * count * count);
-    Buffer<double> scratch(threads * count * chunks.pitch);
+    Buffer<S> scratch(threads * count * chunks.pitch);
     parallel_for(chunks.tasks, threads, [&](std::int64_t task, int thread) {
       double* gram = partial.data() + task * count * count;
-      double* rows = scratch.data() + thread * count * chunks.pitch;
+      S* rows = scratch.data() + thread * count * chunks.pitch;
       std::fill(gram, gram + count * count, 0.0);
       chunks.for_each(task, [&](std::int64_t at, std::int64_t columns) {
-        const std::int64_t padded = ceil_div(columns, wide.panel) * wide.panel;
+        const std::int64_t padded = ceil_div(columns, kernels.panel) * kernels.panel;
         for (std::int64_t row = 0; row < count; ++row) {
-          double* to = rows + row * chunks.pitch;
+          S* to = rows + row * chunks.pitch;
           load(matrix_.at(start + row, at), matrix_.col_stride, columns, to);
-          std::fill(to + columns, to + padded, 0.0);
+          std::fill(to + columns, to + padded, S(0));
         }
-        wide.add_row_products(count, rows, chunks.pitch, padded, gram);
+        kernels.add_row_products(count, rows, chunks.pitch, padded, gram);
       });
     });
-    add_up(chunks.tasks, count, partial);
+    add_over_tasks(chunks.tasks, count, partial);
     return partial;
   }
 
@@ -255,7 +304,7 @@ class Orthonormalizer {
         if (sums != nullptr) kernels_.add_row_products(order, rows, chunks.pitch, padded, sums);
       });
     });
-    if (gram != nullptr) add_up(chunks.tasks, order, *gram);
+    if (gram != nullptr) add_over_tasks(chunks.tasks, order, *gram);
   }
 
   void load(std::int64_t row, std::int64_t at, std::int64_t columns, T* to) const {
@@ -263,7 +312,7 @@ class Orthonormalizer {
   }
 
   // The sum of the tasks' matrices, in the place of the first.
-  static void add_up(std::int64_t tasks, std::int64_t order, const Gram& partial) {
+  static void add_over_tasks(std::int64_t tasks, std::int64_t order, const Gram& partial) {
     const std::int64_t size = order * order;
     if (tasks == 0) std::fill(partial.data(), partial.data() + size, 0.0);
     for (std::int64_t task = 1; task < tasks; ++task) {
