@@ -56,10 +56,14 @@ struct F16 {
   }
 };
 
+template <class T>
+HPA_INLINE void copy_run(const T* from, std::int64_t count, T* to);  // vectors.inl
+
 template <class Format, class T>
 void load(const void* source, std::int64_t stride, std::int64_t count, T* __restrict target) {
   const auto* __restrict from = static_cast<const typename Format::Bits*>(source);
   if (stride == 1) {
+    if constexpr (__is_same(typename Format::Bits, T)) return copy_run(from, count, target);
     for (std::int64_t i = 0; i < count; ++i) target[i] = static_cast<T>(Format::widen(from[i]));
   } else {
     for (std::int64_t i = 0; i < count; ++i) target[i] = static_cast<T>(Format::widen(from[i * stride]));
@@ -80,6 +84,7 @@ template <class Format, class T>
 void store(const T* __restrict source, std::int64_t count, void* target, std::int64_t stride) {
   auto* __restrict to = static_cast<typename Format::Bits*>(target);
   if (stride == 1) {
+    if constexpr (__is_same(typename Format::Bits, T)) return copy_run(source, count, to);
     for (std::int64_t i = 0; i < count; ++i) to[i] = narrow<Format>(source[i]);
   } else {
     for (std::int64_t i = 0; i < count; ++i) to[i * stride] = narrow<Format>(source[i]);

@@ -168,6 +168,20 @@ HPA_INLINE void fetch_ahead(const void* row, std::int64_t bytes) {
       reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(row) + static_cast<std::uintptr_t>(bytes)));
 }
 
+// Instead of memcpy, which the compiler would call and which copies by "rep movsb" where that is slower.
+template <class T>
+HPA_INLINE void copy_run(const T* from, std::int64_t count, T* to) {
+  constexpr std::int64_t w = Vector<T>::width;
+  std::int64_t i = 0;
+  for (; i + 4 * w <= count; i += 4 * w) {
+    for (std::int64_t k = 0; k < 4 * w; k += w) {
+      fetch_ahead(from + i + k, kFetchBytes);
+      write(to + i + k, read(from + i + k));
+    }
+  }
+  for (; i < count; ++i) to[i] = from[i];
+}
+
 // Lanes in double, added in a tree.
 HPA_INLINE double lanes_sum(V<double> value) {
 #if HPA_VECTOR_BYTES == 64
