@@ -522,6 +522,7 @@ def test_the_proximal_term_holds_inputs_that_safety_never_reached():
         0.3,
     )
     np.testing.assert_allclose(edit.weight.numpy(), expected, rtol=0, atol=1e-12)
+    assert edit.numbers["kept_inputs_change_left"] == 0.0  # not what rounding leaves of nothing
     assert run(create_method("hpa_ls", proximal=0.3), change, safety, safety).skipped == "no safety activations"
 
 

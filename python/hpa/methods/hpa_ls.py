@@ -287,6 +287,7 @@ class _Filter:
     ridge: float
     ridge_size: float = 0.0  # l
     proximal_size: float = 0.0  # p
+    inputs_kept: bool = True  # whether A has more than p I
     sums: _Sums = field(default_factory=_Sums)
     formed: dict[torch.dtype, Tensor] = field(default_factory=dict)  # F [cols, cols], once a layer has paid for it
 
@@ -327,7 +328,9 @@ class _Filter:
         if ridge != config.ridge:
             message = f"layer {change.label}: A + B not positive definite with ridge {config.ridge:g}; used {ridge:g}"
             warnings.warn(message, DampingWarning, stacklevel=4)
-        return cls(change.input_key, safety, task, learned, config.mu, factor, ridge, ridge * scale, proximal)
+        return cls(
+            change.input_key, safety, task, learned, config.mu, factor, ridge, ridge * scale, proximal, something_kept
+        )
 
     def apply(self, old: Tensor, inner: Callable[[Tensor, Tensor], float]) -> Tensor:
         """``old @ F`` for rows ``[n, cols]``, float64, and what :meth:`effects` is made of.
@@ -404,7 +407,7 @@ class _Filter:
         lost = sums.old_learned - 2 * sums.both_learned + sums.new_learned
         return {
             "update_left": _ratio(sums.all_new, sums.all_old) if sums.all_old else _ratio(sums.new, sums.old),
-            "kept_inputs_change_left": _ratio(new_kept, old_kept),
+            "kept_inputs_change_left": _ratio(new_kept, old_kept) if self.inputs_kept else 0.0,
             "task_change_lost": _ratio(lost, sums.old_learned),
         }
 
