@@ -416,9 +416,9 @@ class _Sketch:
     """What stands for an update's rows where only sums of squares over them are asked for.
 
     Up to 128 rows they are the rows themselves.  More are added up 128 times, each time with other random signs:
-    ``E |R U M|^2 = 128 |U M|^2`` for any ``M``; the relative standard deviation is at most ``sqrt(2 / 128)``, reached
-    by an update of rank 1.  The same sums stand for the update and its edit, so in the ratio of two norms much of it
-    cancels.
+    ``E |R U M|^2 = 128 |U M|^2`` for any ``M``; the relative standard deviation is below ``sqrt(2 / 128)``, which
+    an update of rank 1 comes near.  The same sums stand for the update and its edit, so in the ratio of two norms much
+    of it cancels.
     """
 
     def __init__(self, rows: int, cols: int, device: torch.device) -> None:
