@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from hpa.calibration import CalibrationStream, CalibrationWarning, calibrate, find_layers
+from hpa.checkpoint.hidden_states import HiddenStates
 from hpa.config import CalibrationConfig
-from hpa.hidden_states import HiddenStates
 from hpa.layers import InputStatistics
 
 BOTH = ("diagonal", "gram")

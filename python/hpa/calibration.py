@@ -33,13 +33,13 @@ from torch import Tensor, nn
 
 import hpa_ext
 from hpa.config import CalibrationConfig
-from hpa.hidden_states import HiddenStates
 from hpa.layers import InputStatistics, clean_name
 
 __all__ = [
     "CalibrationStream",
     "CalibrationWarning",
     "Exchange",
+    "HiddenStore",
     "LayerSpec",
     "adapters_off",
     "calibrate",
@@ -201,7 +201,7 @@ class CalibrationStream:
         label: str = "batches",
         experts: bool = False,
         exchange: Exchange | None = None,
-        hidden: HiddenStates | None = None,
+        hidden: HiddenStore | None = None,
     ) -> None:
         """``batches`` that come from an iterator are taken one by one, while :meth:`capture` runs, and not kept.
 
@@ -242,7 +242,7 @@ class CalibrationStream:
         if not self._batches:
             raise ValueError(f"{label}: expected at least one batch, got none")
         self._calls: list[list[_Call]] = []
-        self._hidden = HiddenStates() if hidden is None else hidden
+        self._hidden: HiddenStore = {} if hidden is None else hidden
         self._next = 1
         self._collectors: dict[int, _Collector] = {}
 
@@ -736,6 +736,17 @@ class _InputSum:
             zero=zero,
             damping=float(info["damping"]),
         )
+
+
+class HiddenStore(Protocol):
+    """What goes from block to block, by the number of its batch: a dictionary, or
+    :class:`hpa.checkpoint.hidden_states.HiddenStates`, which holds no more than it may."""
+
+    def __setitem__(self, index: int, tensor: Tensor, /) -> None: ...
+
+    def __getitem__(self, index: int, /) -> Tensor: ...
+
+    def clear(self) -> None: ...
 
 
 class Exchange(Protocol):

@@ -14,6 +14,7 @@ from hpa.calibration import CalibrationStream, CalibrationWarning, find_layers
 from hpa.checkpoint.adapter import Adapter
 from hpa.checkpoint.distributed import process_group
 from hpa.checkpoint.files import CheckpointError, Folder
+from hpa.checkpoint.hidden_states import HiddenStates
 from hpa.checkpoint.lazy_model import LazyModel, module_decoder
 from hpa.checkpoint.names import expert_input, projector_name
 from hpa.checkpoint.plan import model_fingerprint
@@ -21,7 +22,6 @@ from hpa.checkpoint.statistics import Role, Statistics, StatisticsInfo, Statisti
 from hpa.config import CalibrationConfig
 from hpa.data.encode import Encoder
 from hpa.data.files import read_conversations
-from hpa.hidden_states import HiddenStates
 
 __all__ = ["CalibrationJob", "calibrate_checkpoint"]
 

@@ -88,7 +88,7 @@ class LazyModel:
         held = {
             id(tensor): tensor for tensor in (*self.model.parameters(), *self.model.buffers()) if not tensor.is_meta
         }
-        size = sum(tensor.numel() * tensor.element_size() for tensor in held.values())
+        size = sum(tensor.nbytes for tensor in held.values())
         if not self.streamed or self._resident is not None:
             return size
         blocks: Counter[str] = Counter()

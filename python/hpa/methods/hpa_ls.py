@@ -339,7 +339,7 @@ class _Filter:
         """
         assert self.factor is not None
         seen = self.learned.product(old)  # old @ L
-        wanted = (self.mu * seen).add_(old, alpha=self.ridge_size)  # old @ B
+        wanted = self._wanted(old, seen)
         new = self.factor.solve(wanted)
         # With S = A + B:  new S = wanted, and <old S, old> = |old C|^2 with its factor C.  Neither is needed again.
         half = self.factor.times(old)
@@ -356,6 +356,7 @@ class _Filter:
 
     def apply_dense(self, before: Tensor, after: Tensor, *, reuse: bool) -> Tensor:
         """``W_o + (W_n - W_o) F``, some rows at a time; into the memory of ``after`` where it may be reused."""
+        assert self.factor is not None
         out = after if reuse and after.dtype == before.dtype else torch.empty_like(before)
         rows, cols = before.shape
         matrix = self._matrix(before, after)
@@ -367,16 +368,18 @@ class _Filter:
             base = before[part].to(dtype)
             old = after[part].to(dtype) - base
             seen.add(first, old)
-            new = old @ matrix if matrix is not None else self._solved(old)
+            new = (
+                old @ matrix if matrix is not None else self.factor.solve(self._wanted(old, self.learned.product(old)))
+            )
             self.sums.all_old += float(torch.linalg.vector_norm(old, dtype=torch.float64)) ** 2
             self.sums.all_new += float(torch.linalg.vector_norm(new, dtype=torch.float64)) ** 2
             out[part] = new.add_(base).to(out.dtype)
         self.apply(seen.rows, lambda left, right: float((left * right).sum()))
         return out
 
-    def _solved(self, old: Tensor) -> Tensor:
-        assert self.factor is not None
-        return self.factor.solve(self.learned.product(old).mul_(self.mu).add_(old, alpha=self.ridge_size))
+    def _wanted(self, old: Tensor, seen: Tensor) -> Tensor:
+        """``old @ B``, given ``old @ L``."""
+        return (self.mu * seen).add_(old, alpha=self.ridge_size)
 
     def _matrix(self, before: Tensor, after: Tensor) -> Tensor | None:
         """``F``, where it is there already or a layer of this shape is cheaper with it."""

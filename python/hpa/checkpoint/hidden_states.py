@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hpa.checkpoint.files import read_bytes, tensor_bytes
+
 __all__ = ["HiddenStates"]
 
 
@@ -33,7 +35,7 @@ class HiddenStates:
 
     @property
     def bytes_held(self) -> int:
-        return sum(_size(tensor) for tensor in self._held.values())
+        return sum(tensor.nbytes for tensor in self._held.values())
 
     @property
     def bytes_on_disk(self) -> int:
@@ -41,26 +43,28 @@ class HiddenStates:
 
     def __setitem__(self, index: int, tensor: Tensor) -> None:
         self._held.pop(index, None)
-        if self.memory is None or self.bytes_held + _size(tensor) <= self.memory:
+        if self.memory is None or self.bytes_held + tensor.nbytes <= self.memory:
             self._held[index] = tensor
             self._on_disk.pop(index, None)
             return
-        size = _size(tensor)
         place = self._on_disk.get(index)
-        if place is None or place.room < size:
-            place = self._on_disk[index] = _Place(self._end, size)
-            self._end += size
+        if place is None or place.room < tensor.nbytes:
+            place = self._on_disk[index] = _Place(self._end, tensor.nbytes)
+            self._end += tensor.nbytes
         place.shape, place.dtype, place.device = tensor.shape, tensor.dtype, tensor.device
         if self._file is None:
             self._file = tempfile.TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115 - closed by clear()
-        _whole(os.pwrite, self._file.fileno(), _bytes(tensor.detach().cpu().contiguous()), place.start)
+        view, at = tensor_bytes(tensor.detach().cpu()), place.start
+        while len(view):
+            done = os.pwrite(self._file.fileno(), view, at)
+            view, at = view[done:], at + done
 
     def __getitem__(self, index: int) -> Tensor:
         if index in self._held:
             return self._held[index]
         place = self._on_disk[index]
         tensor = torch.empty(place.shape, dtype=place.dtype)
-        _whole(lambda file, view, at: os.preadv(file, [view], at), self._file.fileno(), _bytes(tensor), place.start)
+        read_bytes(self._file.fileno(), place.start, tensor_bytes(tensor), Path("hidden states"))
         return tensor.to(place.device)
 
     def clear(self) -> None:
@@ -78,20 +82,3 @@ class _Place:
         self.shape = torch.Size()
         self.dtype = torch.float32
         self.device = torch.device("cpu")
-
-
-def _size(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return tensor.reshape(-1).view(torch.uint8).numpy().data
-
-
-def _whole(call: Any, file: int, view: memoryview, at: int) -> None:
-    """Read or write all of it, in as many calls as the system wants."""
-    while len(view):
-        done = call(file, view, at)
-        if not done:
-            raise OSError("the file of hidden states ends early")
-        view, at = view[done:], at + done
