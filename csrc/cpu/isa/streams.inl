@@ -42,6 +42,34 @@ HPA_INLINE std::int64_t bytes_ahead(std::int64_t j, std::int64_t cols, std::int6
 
 constexpr std::int64_t kChangeRows = 4;
 
+// A line of a row as T; bfloat16 in pairs of registers (rows.inl), which takes half the operations of widening loads and
+// leaves the elements of each pair in another order, until restore_line.
+template <class Format, class T>
+constexpr bool kLineInPairs = __is_same(Format, Bf16) && sizeof(T) == 4;
+
+template <class Format, class T, std::int64_t n>
+HPA_INLINE void read_line(const typename Format::Bits* from, V<T> (&values)[n]) {
+  constexpr std::int64_t w = Vector<T>::width;
+  if constexpr (kLineInPairs<Format, T>) {
+    static_assert(n % 2 == 0);
+#pragma GCC unroll 2
+    for (std::int64_t v = 0; v < n; v += 2) read_pair<Format, T>(from + v * w, values[v], values[v + 1]);
+  } else {
+#pragma GCC unroll 4
+    for (std::int64_t v = 0; v < n; ++v) values[v] = read_wide<Format, T>(from + v * w);
+  }
+}
+
+template <class Format, class T, std::int64_t n>
+HPA_INLINE void restore_line(V<T> (&values)[n]) {
+  if constexpr (kLineInPairs<Format, T>) {
+#pragma GCC unroll 2
+    for (std::int64_t v = 0; v < n; v += 2) {
+      PairOrdering<typename Format::Bits, T>::restore(values[v], values[v + 1]);
+    }
+  }
+}
+
 // Adds the lanes of `value` to sums in double precision.
 HPA_INLINE void add_lanes(V<double> value, double* sums) { write(sums, read(sums) + value); }
 HPA_INLINE void add_lanes(V<float> value, double* sums) {
@@ -62,15 +90,18 @@ HPA_INLINE void change_tile(const typename Format::Bits* before, std::int64_t be
   for (std::int64_t row = 0; row < kRows; ++row, before += before_stride, after += after_stride) {
     fetch_ahead(before, before_ahead);
     fetch_ahead(after, after_ahead);
+    V<T> old[n], changed[n];
+    read_line<Format, T>(before, old);
+    read_line<Format, T>(after, changed);
 #pragma GCC unroll 4
     for (std::int64_t v = 0; v < n; ++v) {
-      const V<T> old = read_wide<Format, T>(before + v * w);
-      const V<T> difference = read_wide<Format, T>(after + v * w) - old;
+      const V<T> difference = changed[v] - old[v];
       change[v] += difference * difference;
-      dot[v] += difference * old;
-      square[v] += old * old;
+      dot[v] += difference * old[v];
+      square[v] += old[v] * old[v];
     }
   }
+  restore_line<Format, T>(change);
   for (std::int64_t v = 0; v < n; ++v) add_lanes(change[v], column + v * w);
   for (std::int64_t v = 1; v < n; ++v) {
     dot[0] += dot[v];
