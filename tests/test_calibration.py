@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import gc
+import os
 import weakref
 
 import method_oracle as oracle
@@ -115,6 +117,18 @@ def test_hidden_states_hold_tensors_of_any_shape_and_type_in_any_order(tmp_path)
     assert len(hidden) == len(kept)
     hidden.clear()
     assert (len(hidden), hidden.bytes_held, hidden.bytes_on_disk) == (0, 0, 0)
+
+
+def test_a_full_disk_under_hidden_states_is_told_with_its_folder(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    hidden = HiddenStates(0, tmp_path)
+    monkeypatch.setattr(os, "pwrite", full)
+    with pytest.raises(OSError, match="No space left on device for the hidden states") as raised:
+        hidden[0] = torch.ones(3)
+    assert (raised.value.errno, raised.value.filename) == (errno.ENOSPC, str(tmp_path))
+    hidden.clear()
 
 
 def test_batches_of_an_iterator_are_taken_one_by_one_and_let_go():

@@ -55,9 +55,14 @@ class HiddenStates:
         if self._file is None:
             self._file = tempfile.TemporaryFile(dir=self._folder, buffering=0)  # noqa: SIM115 - closed by clear()
         view, at = tensor_bytes(tensor.detach().cpu()), place.start
-        while len(view):
-            done = os.pwrite(self._file.fileno(), view, at)
-            view, at = view[done:], at + done
+        try:
+            while len(view):
+                done = os.pwrite(self._file.fileno(), view, at)
+                view, at = view[done:], at + done
+        except OSError as error:
+            folder = tempfile.gettempdir() if self._folder is None else self._folder
+            what = f"{error.strerror} for the hidden states that memory does not hold (--max-memory says how much)"
+            raise OSError(error.errno, what, str(folder)) from error
 
     def __getitem__(self, index: int) -> Tensor:
         if index in self._held:
