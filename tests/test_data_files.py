@@ -338,7 +338,17 @@ def test_conversations_keep_all_their_turns(tmp_path: Path) -> None:
     turns = [("human", "<image>\nA?"), ("gpt", "a"), ("human", "B?"), ("gpt", "b"), ("human", "C?")]
     row = {"id": 5, "conversations": [{"from": who, "value": text} for who, text in turns]}
     (one,) = records(tmp_path / "train.json", [row], form="llava")
-    assert [turn.text for turn in one.turns] == ["A?", "a", "B?", "b"]
+    assert [turn.text for turn in one.turns] == ["A?", "a", "B?", "b", "C?"]
+    # What is asked last has no answer to learn from.
+    (held,) = read_conversations(tmp_path / "train.json", image_root=tmp_path).conversations
+    assert [turn.text for turn in held.turns] == ["A?", "a", "B?", "b"]
+
+
+def test_an_empty_answer_is_nothing_to_learn_from(tmp_path: Path) -> None:
+    path = tmp_path / "safety.json"
+    path.write_text(json.dumps([{"prompt": "A?", "response": "a"}, {"prompt": "B?", "response": " "}]))
+    with pytest.raises(DataError, match="sample 1: the last answer is empty"):
+        read_conversations(path)
 
 
 def test_rows_of_shards_are_drawn_together_and_others_not_kept(tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def test_every_judge_carries_a_name_a_version_and_its_source() -> None:
 
 
 def test_an_unknown_judge_is_refused_with_those_that_exist() -> None:
-    with pytest.raises(ValueError, match=r"expected one of demo, advbench, got 'demos'; did you mean 'demo'\?"):
+    with pytest.raises(ValueError, match=r"expected one of demo, plain, advbench, got 'demos'; did you mean 'demo'\?"):
         get_judge("demos")
 
 

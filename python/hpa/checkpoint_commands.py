@@ -1,4 +1,4 @@
-"""The commands on checkpoints: ``hpa adapt``, ``calibrate``, ``inspect``, ``compare`` and ``sweep``.
+"""The commands on checkpoints: ``hpa adapt``, ``ask``, ``calibrate``, ``inspect``, ``compare`` and ``sweep``.
 
 Apart from :mod:`hpa.checkpoint`, so that ``hpa --help`` need not load torch: heavy imports wait inside the commands.
 """
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from hpa.checkpoint.plan import Plan
     from hpa.methods import Method
 
-__all__ = ["adapt_command", "calibrate_command", "compare_command", "inspect_command", "sweep_command"]
+__all__ = ["adapt_command", "ask_command", "calibrate_command", "compare_command", "inspect_command", "sweep_command"]
 
 _out = Console(emoji=False)
 _err = Console(stderr=True, emoji=False)
@@ -182,6 +182,84 @@ def adapt_command(
         soft_wrap=True,
     )
     _out.print(f"report: {result.out / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
+
+
+def ask_command(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="Folder of a model.", show_default=False)],
+    prompts: Annotated[
+        str,
+        typer.Argument(
+            metavar="PROMPTS",
+            help="Samples, whose answers are not read, or a published list: advbench, donotanswer, harmbench, "
+            "strongreject.",
+            show_default=False,
+        ),
+    ],
+    role: Annotated[
+        Literal["safety", "keep"],
+        typer.Option("--as", help="Write refusals alone, or every answer.", show_default=False),
+    ],
+    out: Annotated[Path, typer.Option("--out", "-o", help="JSON lines to write.", show_default=False)],
+    samples: Annotated[int | None, typer.Option(min=1, help="How many.", show_default="8 safety, 128 keep")] = None,
+    judge: Annotated[
+        str, typer.Option(help="Says what is a refusal: a name that `hpa info` lists, or keywords:FILE.")
+    ] = ("plain"),
+    seed: Annotated[int, typer.Option(min=0, help="Of the order in which prompts are asked.")] = 0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer at most.")] = 128,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts asked at once.")] = 8,
+    images: Images = None,
+    dtype: Annotated[
+        Literal["stored", "float32", "bfloat16"], typer.Option(help="Of the weights in memory.")
+    ] = "stored",
+    device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda or cuda:N.")] = "cpu",
+    trust_remote_code: RemoteCode = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="No bars.")] = False,
+) -> None:
+    """What a model itself says to prompts: the samples for --safety (its refusals) and --keep (its answers).
+
+    The model is loaded whole, and answers greedily.  Ask the one before fine-tuning.
+    """
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from hpa.checkpoint import AskJob, ask
+    from hpa.evaluation import get_judge
+
+    try:
+        chosen = get_judge(judge)
+    except ValueError as error:
+        raise _error(f"--judge: {error}") from None
+    job = AskJob(
+        model,
+        prompts,
+        role,
+        out,
+        chosen,
+        samples=samples,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        image_root=images,
+        dtype="auto" if dtype == "stored" else dtype,
+        device=device,
+        trust_remote_code=trust_remote_code,
+    )
+    with _Bars(quiet) as bars:
+        found = ask(job, lambda done, prompts: bars.layer(done, prompts, "asking"))
+    _out.print(
+        f"{found.asked} of {found.prompts} prompts asked, {found.refused} refused, {found.empty} empty answers; "
+        f"{found.kept} written -> {out}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+    if samples is not None and found.kept < samples:
+        _err.print(f"warning: {samples} were wanted", highlight=False)
+    if found.image_root is not None:
+        _err.print(
+            f"its pictures are looked for below another folder than its own: pass --images {found.image_root} with it",
+            markup=False,
+            highlight=False,
+            soft_wrap=True,
+        )
 
 
 def calibrate_command(

@@ -1,6 +1,7 @@
 """The command ``hpa``.
 
     hpa adapt BEFORE AFTER ...    two checkpoints in, one safe checkpoint out
+    hpa ask MODEL PROMPTS ...     the model's own refusals and answers, which it needs
     hpa calibrate, inspect, compare, sweep     its steps, each alone
     hpa run recipes/demo.yaml     a model through a sequence of tasks, by every method of the recipe
     hpa report runs/demo          its table and its page again
@@ -28,6 +29,7 @@ from rich.table import Table
 
 from hpa.checkpoint_commands import (
     adapt_command,
+    ask_command,
     calibrate_command,
     compare_command,
     inspect_command,
@@ -49,6 +51,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("adapt")(adapt_command)
+app.command("ask")(ask_command)
 app.command("calibrate")(calibrate_command)
 app.command("inspect")(inspect_command)
 app.command("compare")(compare_command)

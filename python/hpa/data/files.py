@@ -65,7 +65,7 @@ class Record:
 
     Attributes:
         id: the file's, else the sample's number in it.
-        turns: what is said, up to the last answer where there is one.
+        turns: what is said.
         pictures: they belong to the first question.
         answers: where several answers to the last question are right, all of them; the turns hold the first.
         metadata: what a scorer needs besides: ``label``, ``choices``, ``answers`` (of several people), ``category``.
@@ -307,7 +307,10 @@ def _conversation(record: Record, where: str, held: Mapping[str, Any]) -> Conver
         raise DataError(f"{where}: expected {_KNOWN}; it has {_keys(held)}")
     if "user" not in roles:
         raise DataError(f"{where}: expected a question and its answer")
-    return Conversation(record.id, record.turns, tuple(picture.open() for picture in record.pictures))
+    answered = len(roles) - roles[::-1].index("assistant")  # what is asked after it has no answer to learn from
+    if not record.turns[answered - 1].text:
+        raise DataError(f"{where}: the last answer is empty")
+    return Conversation(record.id, record.turns[:answered], tuple(picture.open() for picture in record.pictures))
 
 
 def _keys(held: Mapping[str, Any]) -> str:
@@ -492,9 +495,6 @@ def _record(
         if not isinstance(text, str):
             raise DataError(f"{where}: the {role} turn is {type(text).__name__}, expected text")
         done.append(Turn(role, text.replace(_IMAGE_MARK, "").strip()))
-    if any(turn.role == "assistant" for turn in done):
-        while done[-1].role != "assistant":
-            done.pop()  # what is asked last has no answer to learn from
     return Record(name, tuple(done), tuple(pictures), answers, dict(notes or {}))
 
 

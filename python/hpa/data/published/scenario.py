@@ -11,12 +11,12 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from hpa.data.answers import answer, load_model
 from hpa.data.encode import Encoder
 from hpa.data.files import Conversation, DataError, Record, Turn, read_records
 from hpa.data.packaged import prompts, same_prompt_key
 from hpa.data.picture import Picture
 from hpa.data.published.options import Options, Skill, Source, Task
-from hpa.data.quiet import quiet
 from hpa.data.scenario import COMPLIANCE, Sample
 from hpa.data.typographic import typographic
 
@@ -64,18 +64,7 @@ class PublishedScenario:
     def base_model(self, cache: Path, *, seed: int) -> torch.nn.Module:
         """The model of the folder, in eval mode; neither of the arguments matters."""
         del cache, seed
-        import transformers
-
-        folder, options = Path(self.options.model).expanduser(), {"local_files_only": True}
-        try:
-            config = transformers.AutoConfig.from_pretrained(folder, **options)
-            pictured = type(config) in transformers.AutoModelForImageTextToText._model_mapping
-            kind = transformers.AutoModelForImageTextToText if pictured else transformers.AutoModelForCausalLM
-            with quiet():
-                model: Any = kind.from_pretrained(folder, dtype=getattr(torch, self.options.dtype), **options)
-        except (OSError, ValueError, KeyError) as error:
-            first = (str(error).strip().splitlines() or ["no reason given"])[0]
-            raise DataError(f"model: transformers cannot load {folder} ({first})") from error
+        model: Any = load_model(Path(self.options.model).expanduser(), argument="model", dtype=self.options.dtype)
         _ = self.encoder  # a missing tokenizer is told now
         if self.options.checkpointing:
             enable = getattr(model, "activation_checkpointing_enable", None)  # its name since transformers 5.2x
@@ -243,31 +232,14 @@ class PublishedScenario:
         self, model: torch.nn.Module, samples: Sequence[Sample], *, max_new_tokens: int = 128, batch_size: int = 16
     ) -> list[str]:
         """Greedy answers, in the order of ``samples``."""
-        from transformers import GenerationConfig
-
-        own: Any = getattr(model, "generation_config", None)
-        tokenizer = self.encoder.tokenizer
-        end = getattr(own, "eos_token_id", None)
-        end = tokenizer.eos_token_id if end is None else end
-        pad = tokenizer.pad_token_id
-        settings = GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            eos_token_id=end,
-            pad_token_id=pad if pad is not None else tokenizer.eos_token_id,
-        )
-        device = next(model.parameters()).device
         # Similar lengths together: little padding.
         order = sorted(range(len(samples)), key=lambda i: (samples[i].image is None, len(samples[i].prompt)))
         said = [""] * len(samples)
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            batch = self.collate([samples[i] for i in chosen], answers=False)
-            asked = batch["input_ids"].shape[1]
-            generate: Any = model.generate
-            out = generate(**{key: value.to(device) for key, value in batch.items()}, generation_config=settings)
-            for i, text in zip(chosen, tokenizer.batch_decode(out[:, asked:], skip_special_tokens=True), strict=True):
-                said[i] = text.strip()
+            asked = [self._conversation(samples[i], answers=False) for i in chosen]
+            for i, text in zip(chosen, answer(model, self.encoder, asked, max_new_tokens=max_new_tokens), strict=True):
+                said[i] = text
         return said
 
     def _conversation(self, sample: Sample, answers: bool) -> Conversation:
