@@ -26,7 +26,9 @@ from hpa.calibration import CalibrationStream
 from hpa.checkpoint import CalibrationJob, CheckpointError, Folder, Job, Statistics, adapt_checkpoint, plan_job
 from hpa.checkpoint.adapt import check_files
 from hpa.checkpoint.calibrate import calibrate_checkpoint
+from hpa.checkpoint.files import fingerprint
 from hpa.checkpoint.lazy_model import LazyModel
+from hpa.config import CalibrationConfig
 from hpa.data.encode import Encoder
 from hpa.data.files import read_conversations
 from hpa.methods import create_method
@@ -337,8 +339,13 @@ def test_statistics_are_taken_from_files(tmp_path: Path) -> None:
     assert "there already" in again.stdout
     other = hpa("adapt", pair.before, pair.after, *files, "--out", tmp_path / "second", "--strength", "2", code=2)
     assert "p_max: 15.0 then, 30.0 now" in other.stderr
-    wrong = hpa("adapt", pair.after, pair.before, *files, "--out", tmp_path / "third", "--skip", "*", code=0)
-    assert "edited" in wrong.stdout
+    wrong = hpa("adapt", pair.after, pair.before, *files, "--out", tmp_path / "third", code=2)
+    assert "whose weights are those of AFTER; the safety set goes through BEFORE" in wrong.stderr
+    none = hpa("adapt", pair.before, pair.after, *files, "--out", tmp_path / "third", "--skip", "*", code=2)
+    assert "--skip: * leaves none of 21 layers to edit" in none.stderr
+    none = hpa("adapt", pair.before, pair.after, *files, "--out", tmp_path / "third", "--skip", "*.nope", code=2)
+    assert "--skip: '*.nope' matches none of 21 layers" in none.stderr
+    assert not list(tmp_path.glob("*third*"))
     halves = hpa("adapt", pair.before, pair.after, *files[:2], "--out", tmp_path / "fourth", code=2)
     assert "needs those of the task set" in halves.stderr
 
@@ -441,7 +448,7 @@ def test_a_kept_set_is_of_before_and_a_memory_may_hold_one(tmp_path: Path) -> No
     of_after = CalibrationJob(pair.after, pair.task, "keep", tmp_path / "keep.safetensors", want=frozenset({"gram"}))
     calibrate_checkpoint(of_after)
     wanted = job(pair, tmp_path / "out", "hpa_ls", options={"keep_samples": 2})
-    with pytest.raises(CheckpointError, match="whose weights are not those of BEFORE; calibrate again"):
+    with pytest.raises(CheckpointError, match="whose weights are those of AFTER; the keep set goes through BEFORE"):
         plan_job(replace(wanted, statistics={"keep": of_after.out}))
     plan_job(replace(wanted, statistics={"keep": of_after.out}, any_statistics=True))
     adapt_checkpoint(with_keep(wanted, CalibrationJob(pair.before, pair.task, "keep", Path(), samples=2)))
@@ -636,6 +643,167 @@ def test_statistics_of_other_weights_are_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="is of the safety set, expected the task set"):
         plan_job(job(pair, tmp_path / "out2", statistics={"task": path}))
     assert Statistics(path).info.role == "safety"
+
+
+def test_statistics_are_of_the_state_that_the_method_asks_for(tmp_path: Path) -> None:
+    pair = Pair(tmp_path, tiny_models.llama)
+    paths = {}
+    for role, data in (("safety", pair.safety), ("task", pair.task)):
+        for state, folder in (("before", pair.before), ("after", pair.after)):
+            paths[role, state] = tmp_path / f"{role}-{state}.safetensors"
+            calibrate_checkpoint(CalibrationJob(folder, data, role, paths[role, state]))  # type: ignore[arg-type]
+    right = {"safety": "before", "task": "after"}
+    for role, state in (("safety", "after"), ("task", "before")):
+        given = {name: paths[name, state if name == role else right[name]] for name in right}
+        said = f"those of {state.upper()}; the {role} set goes through {right[role].upper()}"
+        with pytest.raises(CheckpointError, match=said):
+            plan_job(job(pair, tmp_path / "out", statistics=given))
+        plan_job(job(pair, tmp_path / "out", statistics=given, options={"hessian_source": state}))
+        plan_job(job(pair, tmp_path / "out", statistics=given, any_statistics=True))
+
+
+def test_statistics_are_made_as_the_method_asks_and_alike(tmp_path: Path) -> None:
+    pair = Pair(tmp_path, tiny_models.llama)
+    paths = {"safety": tmp_path / "safety.safetensors", "task": tmp_path / "task.safetensors"}
+    config = CalibrationConfig(damping=0.05)
+    calibrate_checkpoint(CalibrationJob(pair.before, pair.safety, "safety", paths["safety"], config=config))
+    calibrate_checkpoint(CalibrationJob(pair.after, pair.task, "task", paths["task"], config=config))
+    plan_job(job(pair, tmp_path / "out", statistics=paths))
+    plan_job(job(pair, tmp_path / "out", statistics=paths, options={"damping": 0.05}, strength=2.0))
+    for options in ({"damping": 0.01}, {"normalize": "samples"}, {"token_filter": "text"}, {"diag_mode": "sgpt"}):
+        with pytest.raises(
+            CheckpointError, match=f"{next(iter(options))}=.*, --set says {next(iter(options.values()))}"
+        ):
+            plan_job(job(pair, tmp_path / "out", statistics=paths, options=options))
+    other = CalibrationConfig(damping=0.05, normalize="samples")
+    calibrate_checkpoint(CalibrationJob(pair.after, pair.task, "task", paths["task"], config=other))
+    with pytest.raises(
+        CheckpointError, match="normalize=samples, and .*safety.safetensors with tokens; expected the same"
+    ):
+        plan_job(job(pair, tmp_path / "out", statistics=paths))
+
+
+@pytest.mark.parametrize(
+    "part", ["model.layers.1.mlp.down_proj", "model.embed_tokens", "model.layers.0.input_layernorm"]
+)
+def test_any_change_of_what_layers_are_fed_with_makes_statistics_those_of_other_weights(
+    tmp_path: Path, part: str
+) -> None:
+    pair = Pair(tmp_path, tiny_models.llama)
+    path = tmp_path / "safety.safetensors"
+    calibrate_checkpoint(CalibrationJob(pair.before, pair.safety, "safety", path))
+    plan_job(job(pair, tmp_path / "out", statistics={"safety": path}))
+
+    def end_changed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        tensors[f"{part}.weight"].view(-1)[-1] += 1  # the very last number
+        return tensors
+
+    rewrite(pair.before, end_changed)
+    with pytest.raises(CheckpointError, match="neither those of BEFORE nor of AFTER"):
+        plan_job(job(pair, tmp_path / "out", statistics={"safety": path}))
+
+
+def test_large_tensors_are_known_by_pieces_from_beginning_to_end(tmp_path: Path) -> None:
+    tensor = torch.zeros(3, 5000)
+    pieces = [round(piece * (tensor.nbytes - 512) / 7) // 4 + 60 for piece in range(8)]
+    seen = set()
+    for place in [None, *pieces]:
+        changed = tensor.clone()
+        if place is not None:
+            changed.view(-1)[place] = 1
+        folder = tmp_path / str(place)
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        save_file({"x": changed}, folder / "model.safetensors")
+        seen.add(fingerprint(Folder(folder, "MODEL"), {"x": "x"}))
+    assert len(seen) == 9
+
+
+@pytest.mark.parametrize("change", [{"use_rslora": True}, {"alpha_pattern": {"q_proj": 50}}, {"lora_alpha": 1}])
+def test_another_scale_makes_another_adapter(tmp_path: Path, change: dict[str, Any]) -> None:
+    pair = Pair(tmp_path, tiny_models.llama)
+    folder = adapter_of(pair, rank=3)
+    path = tmp_path / "task.safetensors"
+    calibrate_checkpoint(CalibrationJob(folder, pair.task, "task", path, base=pair.before))
+    plan_job(job(pair, tmp_path / "out", after=folder, statistics={"task": path}))
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | change))
+    with pytest.raises(CheckpointError, match="neither those of BEFORE nor of AFTER"):
+        plan_job(job(pair, tmp_path / "out", after=folder, statistics={"task": path}))
+
+
+@pytest.mark.parametrize("method", ["hpa", "hpa_ls"])
+def test_layers_that_an_adapter_replaces_are_edited_as_in_a_whole_model(tmp_path: Path, method: str) -> None:
+    pair = Pair(tmp_path, tiny_models.llama)
+    whole, folder = tmp_path / "whole", tmp_path / "adapter"
+    model = AutoModelForCausalLM.from_pretrained(pair.before)
+    wrapped = tiny_models.with_lora(model, rank=2, targets=["q_proj"], modules_to_save=["down_proj", "embed_tokens"])
+    generator = torch.Generator().manual_seed(3)
+    for name, parameter in wrapped.named_parameters():
+        if "modules_to_save" in name:
+            parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        wrapped.save_pretrained(folder)
+    wrapped.merge_and_unload().save_pretrained(whole)
+    tokenizer().save_pretrained(whole)
+    options = {"proj": "off"} if method == "hpa" else {}
+    from_whole = adapt_checkpoint(job(pair, tmp_path / "a", method, after=whole, options=options))
+    result = adapt_checkpoint(job(pair, tmp_path / "b", method, after=folder, options=options))
+    adapt_checkpoint(job(pair, tmp_path / "c", method, after=folder, options=options, save_as="lora"))
+    replaced = {"layers.0.mlp.down_proj", "layers.1.mlp.down_proj"}
+    assert replaced < {edit["name"] for edit in result.edits}
+    assert {edit["name"] for edit in result.edits if edit["change_norm"] > 0} <= {
+        edit["name"] for edit in from_whole.edits if edit["change_norm"] > 0
+    }
+    expected, made, before = all_tensors(tmp_path / "a"), all_tensors(tmp_path / "b"), all_tensors(pair.before)
+    after = all_tensors(whole)
+    for name, tensor in made.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-4, atol=2e-5)
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert not torch.equal(made[name], before[name])
+    assert not torch.equal(made[name], after[name])
+    unwrapped = adapted(AutoModelForCausalLM.from_pretrained(pair.before), tmp_path / "c").merge_and_unload()
+    for name, tensor in unwrapped.state_dict().items():
+        torch.testing.assert_close(tensor, made[name] if name in made else made["model.embed_tokens.weight"],
+                                   rtol=1e-5, atol=1e-6)  # fmt: skip
+    # compare tells them too.
+    hpa("compare", pair.before, folder, "--json", tmp_path / "differences.json")
+    differences = json.loads((tmp_path / "differences.json").read_text())
+    changed = {one["name"] for one in differences if one["change_norm"] > 0}
+    assert changed == {name for name, tensor in after.items() if not torch.equal(tensor, before[name])}
+
+
+def test_biases_that_an_adapter_trained_are_taken(tmp_path: Path) -> None:
+    """peft names those of the layers that it wraps after what is inside the wrapper."""
+    pair = Pair(tmp_path, qwen2_moe)  # q, k and v have biases
+    wrapped = tiny_models.with_lora(
+        AutoModelForCausalLM.from_pretrained(pair.before), rank=2, targets=["q_proj"], bias="lora_only"
+    )
+    for name, parameter in wrapped.named_parameters():
+        if name.endswith("q_proj.base_layer.bias"):
+            parameter.data += 1
+    wrapped.save_pretrained(tmp_path / "adapter")
+    adapt_checkpoint(job(pair, tmp_path / "out", after=tmp_path / "adapter"))
+    made, before = all_tensors(tmp_path / "out"), all_tensors(pair.before)
+    name = "model.layers.0.self_attn.q_proj.bias"
+    assert torch.equal(made[name], before[name] + 1)
+
+
+def test_layers_that_are_left_out_need_no_calibration(tmp_path: Path) -> None:
+    pair = Pair(tmp_path, tiny_models.llama)
+    path = tmp_path / "safety.safetensors"
+    hpa("calibrate", pair.before, pair.safety, "--as", "safety", "-o", path, "--skip", "*.self_attn.*")
+    assert {name.split(".")[2] for name in Statistics(path).info.layers} == {"mlp"}
+    given = job(pair, tmp_path / "out", statistics={"safety": path}, skip=("*.self_attn.*",))
+    result = adapt_checkpoint(given)
+    assert {edit["name"].split(".")[2] for edit in result.edits} == {"mlp"}
+    plain = adapt_checkpoint(job(pair, tmp_path / "plain", skip=("*.self_attn.*",)))
+    assert [edit["kept"] for edit in plain.edits] == [edit["kept"] for edit in result.edits]
+    task = tmp_path / "task.safetensors"
+    calibrate_checkpoint(CalibrationJob(pair.after, pair.task, "task", task))
+    with pytest.raises(CheckpointError, match="statistics: none for 12 of 21 layers"):
+        plan_job(job(pair, tmp_path / "out2", statistics={"safety": path, "task": task}))
 
 
 def test_aligned_weights_can_be_the_anchor(tmp_path: Path) -> None:

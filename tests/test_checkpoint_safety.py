@@ -221,6 +221,10 @@ def test_output_may_not_touch_the_inputs(whole: Pair, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="exists and is not empty"):
         adapt_checkpoint(Job(pair.before, pair.after, busy, method))
     assert (busy / "mine.txt").read_text() == "keep"
+    nowhere = tmp_path / "nowhere"
+    nowhere.symlink_to(tmp_path / "not there")
+    with pytest.raises(CheckpointError, match=r"--out: .*nowhere is a link to .*not there, which does not exist"):
+        adapt_checkpoint(Job(pair.before, pair.after, nowhere, method))
     with pytest.raises(CheckpointError, match=r"--out: .* cannot be made, for .*mine.txt is a file"):
         adapt_checkpoint(Job(pair.before, pair.after, busy / "mine.txt" / "out", method))
 
@@ -281,6 +285,96 @@ def test_changed_input_is_noticed_when_a_job_goes_on(
         adapt_checkpoint(job)
     with pytest.raises(CheckpointError, match="settings.method: magnitude then, random now"):
         adapt_checkpoint(Job(pair.before, pair.after, tmp_path / "out", create_method("random")))
+
+
+def test_a_job_that_got_nowhere_leaves_nothing_and_can_be_mended(whole: Pair, tmp_path: Path) -> None:
+    pair = copied(whole, tmp_path)
+    good = pair.safety.read_bytes()
+    pair.safety.write_text('{"nothing": 1}')
+    command = ("adapt", pair.before, pair.after, *pair.data(), "--out", tmp_path / "out")
+    done = hpa(*command, code=2)
+    assert "expected a list of samples, got dict" in done.stderr
+    assert not list(tmp_path.glob("*out*"))
+    # A job that was killed as early leaves a beginning, which is no other job's.
+    stage = tmp_path / ".out.hpa-part" / "work"
+    stage.mkdir(parents=True)
+    (stage / "job.json").write_text('{"inputs": {"another": 1}}')
+    pair.safety.write_bytes(good)
+    hpa(*command)
+    assert (tmp_path / "out" / "hpa-manifest.json").is_file()
+
+
+def test_samples_that_were_only_touched_are_the_same(
+    whole: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = copied(whole, tmp_path)
+    calibrations = {
+        "safety": CalibrationJob(pair.before, pair.safety, "safety", Path()),
+        "task": CalibrationJob(pair.after, pair.task, "task", Path()),
+    }
+    job = Job(pair.before, pair.after, tmp_path / "out", create_method("hpa"), calibrations=calibrations)
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hpa.checkpoint.adapt._finish", stop)
+    with pytest.raises(KeyboardInterrupt):
+        adapt_checkpoint(job)
+    monkeypatch.undo()
+    text = pair.safety.read_text()
+    pair.safety.write_text(text + "\n")
+    with pytest.raises(CheckpointError, match=r"the beginning of another job \(inputs.samples/safety.sha256: "):
+        adapt_checkpoint(job)
+    pair.safety.write_text(text)
+    adapt_checkpoint(job)
+
+
+@pytest.mark.parametrize("side", ["before", "after"])
+@pytest.mark.parametrize("stored", [True, False])
+def test_a_weight_that_is_not_finite_is_named_with_its_file(
+    whole: Pair, tmp_path: Path, side: str, stored: bool
+) -> None:
+    pair = copied(whole, tmp_path)
+    name = "model.layers.1.mlp.up_proj.weight"
+    files = {}
+    for role, folder, data in (("safety", pair.before, pair.safety), ("task", pair.after, pair.task)):
+        files[role] = tmp_path / f"{role}.safetensors"
+        calibrate_checkpoint(CalibrationJob(folder, data, role, files[role]))  # type: ignore[arg-type]
+
+    def broken(tensors: dict[str, Any]) -> dict[str, Any]:
+        tensors[name][3, 2] = float("nan")
+        return tensors
+
+    rewrite(getattr(pair, side), broken)
+    command = ["adapt", pair.before, pair.after, "--out", tmp_path / "out"]
+    if stored:
+        command += [item for path in files.values() for item in ("--statistics", path)]
+        done = hpa(*command, "--any-statistics", code=2)
+        assert f"{side.upper()}: tensor '{name}' of {getattr(pair, side)}/model.safetensors holds NaN" in done.stderr
+    else:
+        done = hpa(*command, *pair.data(), code=2)
+        assert "down_proj: calibration activations are not finite" in done.stderr
+        role, data = ("safety", pair.safety) if side == "before" else ("task", pair.task)
+        assert f"{getattr(pair, side)}: layer" in done.stderr
+        assert f"or the {role} samples ({data}) overflow" in done.stderr
+
+
+def test_weights_of_other_shapes_than_the_config_says_are_told(whole: Pair, tmp_path: Path) -> None:
+    pair = copied(whole, tmp_path)
+    path = pair.before / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"intermediate_size": config["intermediate_size"] + 8}))
+    done = hpa("adapt", pair.before, pair.after, *pair.data(), "--out", tmp_path / "out", code=2)
+    assert f"MODEL: transformers cannot load {pair.before} by its config.json (" in done.stderr
+
+
+def test_json_that_is_too_deep_is_told(whole: Pair, tmp_path: Path) -> None:
+    path = tmp_path / "deep.json"
+    path.write_text("[" * 100_000)
+    done = hpa(
+        "adapt", whole.before, whole.after, "--safety", path, "--task", whole.task, "--out", tmp_path / "o", code=2
+    )
+    assert f"{path}: not JSON (" in done.stderr
 
 
 SLOW = """

@@ -34,6 +34,7 @@ from hpa.checkpoint.merge import Editor, ShardResult, write_shard
 from hpa.checkpoint.plan import Plan, Shard, decoder_of, make_plan, model_fingerprint, model_layers
 from hpa.checkpoint.statistics import Statistics
 from hpa.checkpoint.stream import PIECE, Room, hash_file
+from hpa.config import CalibrationConfig
 from hpa.layers import LowRankUpdate
 from hpa.methods import Method
 from hpa.storage import write_file, write_files
@@ -193,6 +194,10 @@ def adapt_checkpoint(job: Job, listener: Listener | None = None) -> JobResult:
         # Another worker has renamed the stage away, finished.
         if stage.exists() or not (out / MANIFEST).is_file():
             raise
+    except (ValueError, OSError):  # something is wrong with the inputs: a mended job is another one
+        if _holds_nothing(stage):
+            shutil.rmtree(stage, ignore_errors=True)
+        raise
     return JobResult(out, _finished(out, identity), False, time.perf_counter() - start)
 
 
@@ -211,7 +216,8 @@ def _calibrated(job: Job, work: Path, claims: Claims, listener: Listener) -> Job
                 elif not path.exists():
                     listener.say(f"calibrating on the {role} set")
                     calibrate_checkpoint(
-                        replace(calibration, out=path, want=wanted[role], max_memory=job.max_memory), listener.block
+                        replace(calibration, out=path, want=wanted[role], max_memory=job.max_memory, skip=job.skip),
+                        listener.block,
                     )
         statistics[role] = path
     return job if statistics == job.statistics else replace(job, statistics=statistics)
@@ -249,9 +255,12 @@ def prepare(job: Job) -> Prepared:
         )
     statistics: dict[str, Statistics] = {}
     pending = False
-    fingerprints: set[str] | None = None
+    fingerprints: dict[str, str] | None = None
     if job.statistics and wanted and not job.any_statistics:
-        fingerprints = {model_fingerprint(before), model_fingerprint(before if adapter else after, adapter)}
+        fingerprints = {
+            "before": model_fingerprint(before),
+            "after": model_fingerprint(before if adapter else after, adapter),
+        }
     remembers = getattr(job.method.config, "memory", 0)
     for given, what in ((job.memory is not None, "memory"), ("keep" in wanted, "keep")):
         if given and not remembers:
@@ -263,8 +272,7 @@ def prepare(job: Job) -> Prepared:
         )
     for role, kinds in wanted.items():
         if role in job.statistics:
-            of = {model_fingerprint(before)} if role == "keep" and fingerprints is not None else fingerprints
-            statistics[role] = _checked(job, role, kinds, of)
+            statistics[role] = _checked(job, role, kinds, fingerprints)
         elif role in job.calibrations:
             if not job.calibrations[role].data.is_file():
                 raise CheckpointError(f"--{role}: no such file: {job.calibrations[role].data}")
@@ -274,6 +282,7 @@ def prepare(job: Job) -> Prepared:
                 f"statistics: method '{job.method.name}' needs those of the {role} set; pass --{role} with samples, "
                 "or --statistics with a file"
             )
+    _check_alike(job, statistics)
     known = None
     include_projector = False
     if statistics and not pending:
@@ -294,8 +303,8 @@ def prepare(job: Job) -> Prepared:
     return Prepared(before, after, adapter, statistics, memory, plan)
 
 
-def _checked(job: Job, role: str, kinds: frozenset[str], fingerprints: set[str] | None) -> Statistics:
-    """The statistics of one set; ``fingerprints``: of the weights that they may be of, ``None`` for any."""
+def _checked(job: Job, role: str, kinds: frozenset[str], fingerprints: dict[str, str] | None) -> Statistics:
+    """The statistics of one set; ``fingerprints``: of both models, ``None`` where they may be of any."""
     held = Statistics(job.statistics[role])
     for kind, there in (("diagonal", held.has_diagonals), ("gram", held.has_grams)):
         if kind in kinds and not there and any(not about.zero for about in held.info.inputs.values()):
@@ -306,13 +315,37 @@ def _checked(job: Job, role: str, kinds: frozenset[str], fingerprints: set[str] 
             )
     if held.info.role != role:
         raise CheckpointError(f"statistics: {held.path} is of the {held.info.role} set, expected the {role} set")
-    if fingerprints is not None and held.info.fingerprint not in fingerprints:
-        raise CheckpointError(
-            f"statistics: {held.path} was made with {held.info.model}, whose weights are "
-            f"{'not those of BEFORE' if role == 'keep' else 'neither those of BEFORE nor of AFTER'}; calibrate again, "
-            "or take it all the same with --any-statistics"
-        )
+    if fingerprints is not None:
+        # What is kept is what BEFORE says.
+        source = getattr((job.method.calibration or CalibrationConfig()).hessian_source, role, "before")
+        if held.info.fingerprint != fingerprints[source]:
+            other = next((name for name, known in fingerprints.items() if known == held.info.fingerprint), None)
+            raise CheckpointError(
+                f"statistics: {held.path} was made with {held.info.model}, whose weights are "
+                f"{f'those of {other.upper()}' if other else 'neither those of BEFORE nor of AFTER'}; the {role} set "
+                f"goes through {source.upper()}: calibrate again, or take it all the same with --any-statistics"
+            )
     return held
+
+
+def _check_alike(job: Job, statistics: dict[str, Statistics]) -> None:
+    """Raises CheckpointError where files were not made as the method asks, or not as one another."""
+    alike = ("token_filter", "normalize", "damping", "diag_mode")
+    asked = job.method.config.model_dump(mode="json", include=job.method.config.model_fields_set & set(alike))
+    first: Statistics | None = None
+    for held in statistics.values():
+        for name in alike:
+            made = held.info.config.get(name)
+            if name in asked and made != asked[name]:
+                raise CheckpointError(
+                    f"statistics: {held.path} was made with {name}={made}, --set says {asked[name]}; calibrate again"
+                )
+            if first is not None and made != first.info.config.get(name):
+                raise CheckpointError(
+                    f"statistics: {held.path} was made with {name}={made}, and {first.path} with "
+                    f"{first.info.config.get(name)}; expected the same of both sets"
+                )
+        first = first or held
 
 
 def _refuse_place(out: Path, job: Job) -> None:
@@ -321,6 +354,8 @@ def _refuse_place(out: Path, job: Job) -> None:
         source = folder.resolve()
         if place == source or source in place.parents or place in source.parents:
             raise CheckpointError(f"--out: {out} lies in {argument} ({folder}) or holds it; choose another folder")
+    if out.is_symlink() and not out.exists():
+        raise CheckpointError(f"--out: {out} is a link to {out.readlink()}, which does not exist; remove it")
     if out.exists() and not out.is_dir():
         raise CheckpointError(f"--out: {out} is a file; expected a folder that is new or empty")
     above = next(folder for folder in out.parents if folder.exists())
@@ -343,7 +378,7 @@ def _identity(job: Job, prepared: Prepared) -> dict[str, Any]:
         if role not in job.statistics:
             calibration = job.calibrations[role]
             inputs[f"samples/{role}"] = {
-                **file(calibration.data),
+                "sha256": hash_file(calibration.data).hexdigest(),
                 "model": str(calibration.model.absolute()),
                 "samples": calibration.samples,
                 "seed": calibration.seed,
@@ -388,11 +423,18 @@ def _open_stage(stage: Path, identity: dict[str, Any]) -> None:
     except ValueError:
         raise CheckpointError(f"--out: {path} is damaged; remove {stage} and start anew") from None
     different = list(_differences(old, identity))
-    if different:
+    if different and _holds_nothing(stage):  # whatever stopped that job came before its first result
+        write_file(path, json.dumps(identity, indent=1))
+    elif different:
         raise CheckpointError(
             f"--out: {stage} holds the beginning of another job ({'; '.join(different[:4])}); "
             "finish that one with its own settings, or remove the folder"
         )
+
+
+def _holds_nothing(stage: Path) -> bool:
+    """Whether no worker is at it or has done anything yet."""
+    return {path.relative_to(stage).as_posix() for path in stage.rglob("*") if path.is_file()} <= {"work/job.json"}
 
 
 def _finished(out: Path, identity: dict[str, Any]) -> list[dict[str, Any]]:

@@ -93,6 +93,9 @@ class Adapter:
                 # A copy of the base's own tensor, which PEFT puts beside an adapted embedding or head.
                 adapter.copies[path.replace(".base_layer.", ".")] = info
                 continue
+            if path.endswith(".base_layer.bias"):  # trained with bias="all" or "lora_only"
+                adapter.replaced[path.replace(".base_layer.", ".")] = info
+                continue
             match = re.fullmatch(r"(.+)\.lora_(embedding_)?([AB])(?:\.weight)?", path)
             if match is not None:
                 halves.setdefault(match[1], {})[match[3]] = info
@@ -159,6 +162,8 @@ def match_names(wanted: Iterable[str], tensors: Iterable[str], argument: str) ->
         fits = [path] if path in names else by_reduced.get(reduced(path), [])
         if len(fits) != 1:
             what = "no tensor of BEFORE" if not fits else f"{len(fits)} tensors of BEFORE ({', '.join(sorted(fits))})"
-            raise CheckpointError(f"{argument}: the adapter's layer {path} fits {what}")
+            tied = ", where it is tied to the embedding: merge the adapter and pass the model"
+            tied = tied if not fits and "lm_head" in path.split(".") else ""
+            raise CheckpointError(f"{argument}: the adapter's layer {path} fits {what}{tied}")
         found[path] = fits[0]
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fnmatch
 import os
 import warnings
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from hpa.checkpoint.distributed import process_group
 from hpa.checkpoint.files import CheckpointError, Folder
 from hpa.checkpoint.hidden_states import HiddenStates
 from hpa.checkpoint.lazy_model import LazyModel, module_decoder
-from hpa.checkpoint.names import expert_input, projector_name
+from hpa.checkpoint.names import Decoder, expert_input, projector_name
 from hpa.checkpoint.plan import model_fingerprint
 from hpa.checkpoint.statistics import Role, Statistics, StatisticsInfo, StatisticsWriter
 from hpa.config import CalibrationConfig
@@ -45,6 +46,7 @@ class CalibrationJob:
         max_memory: bytes that the job (each process of it) may hold besides the program itself: what is left of them by
             the weights and the sums of a block, the samples' hidden states may take, and the rest of these lies in a
             file beside ``out`` that has no name.  ``None``: all are held.
+        skip: patterns of layers that are not looked at.
     """
 
     model: Path
@@ -63,6 +65,7 @@ class CalibrationJob:
     max_length: int = 2048
     trust_remote_code: bool = False
     max_memory: int | None = None
+    skip: tuple[str, ...] = ()
 
 
 def calibrate_checkpoint(job: CalibrationJob, progress: Callable[[int, int], None] | None = None) -> Statistics | None:
@@ -104,7 +107,12 @@ def calibrate_checkpoint(job: CalibrationJob, progress: Callable[[int, int], Non
             f"{job.data}: {len(held.conversations)} samples cannot be shared by {group.size} processes; start fewer"
         )
     lazy = LazyModel(folder, adapter, dtype=job.dtype, device=device, trust_remote_code=job.trust_remote_code)
-    layers = find_layers(lazy.model, job.config.include_projector, blocks=job.config.blocks)
+    decoder = module_decoder(lazy.model, "MODEL")
+    layers = [
+        spec
+        for spec in find_layers(lazy.model, job.config.include_projector, blocks=job.config.blocks)
+        if not any(fnmatch.fnmatchcase(_layer_name(decoder, spec.name), pattern) for pattern in job.skip)
+    ]
     hidden = HiddenStates(folder=job.out.parent)
     stream = CalibrationStream(
         lazy.model,
@@ -119,15 +127,22 @@ def calibrate_checkpoint(job: CalibrationJob, progress: Callable[[int, int], Non
     )
     if job.max_memory is not None:
         hidden.memory = _room(job.max_memory, lazy.weights_size + stream.sums_size)
-    decoder = module_decoder(lazy.model, "MODEL")
     with StatisticsWriter(job.out, energy=job.energy) as writer:
         for done, number in enumerate(stream.numbers, start=1):
-            entries = stream.block(number)
+            try:
+                entries = stream.block(number)
+            except ValueError as error:
+                if "not finite" not in str(error):
+                    raise
+                raise CheckpointError(
+                    f"MODEL: {job.model}: {error}; a weight in or before that layer holds NaN or Inf, or the "
+                    f"{job.role} samples ({job.data}) overflow its dtype"
+                ) from error
             if group is None or group.rank == 0:
                 names = {}
                 for name in {*entries, *(seen.input_key for seen in entries.values())}:
-                    canonical = decoder.canonical(name)
-                    names[name] = projector_name(name) if canonical is None else expert_input(canonical) or canonical
+                    canonical = _layer_name(decoder, name)
+                    names[name] = expert_input(canonical) or canonical
                 writer.add(entries, names)
             if progress is not None:
                 progress(done, len(stream.numbers))
@@ -152,6 +167,11 @@ def calibrate_checkpoint(job: CalibrationJob, progress: Callable[[int, int], Non
             )
         )
     return Statistics(job.out)
+
+
+def _layer_name(decoder: Decoder, name: str) -> str:
+    """What a layer is called in statistics and by --skip."""
+    return decoder.canonical(name) or projector_name(name)
 
 
 def _room(max_memory: int, block: int) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 import hpa_ext
 from hpa.checkpoint.adapter import Adapter, Factors
-from hpa.checkpoint.files import CheckpointError, Folder, read_tensor
+from hpa.checkpoint.files import CheckpointError, Folder, TensorInfo, read_tensor
 from hpa.checkpoint.plan import decoder_of, model_layers
 from hpa.layers import add_update
 
@@ -105,14 +105,17 @@ def compare_folders(first: Path, second: Path) -> list[Difference]:
     if a.is_adapter:
         raise CheckpointError(f"A: {first} is an adapter; expected a model")
     factors: dict[str, Factors] = {}
+    replaced: dict[str, TensorInfo] = {}
     base = b
     if b.is_adapter:
-        factors = Adapter.of(b).factors_on(a.tensors)
+        adapter = Adapter.of(b)
+        factors, replaced = adapter.factors_on(a.tensors), adapter.replaced_on(a.tensors)
         base = a
     decoders = [decoder_of(folder) for folder in (a, base)]
     places = {decoders[0].place(name): name for name in a.tensors}
     found: list[Difference] = []
-    for name, info in base.tensors.items():
+    for name, stored in base.tensors.items():
+        info = replaced.get(name, stored)
         place = decoders[1].place(name)
         other = places.pop(place, None)
         layer = place.removesuffix(".weight") if decoders[1].canonical(name) and len(info.shape) == 2 else ""
@@ -125,12 +128,9 @@ def compare_folders(first: Path, second: Path) -> list[Difference]:
             found.append(Difference(name, layer, note="" if same else "other values"))
         else:
             before = read_tensor(a.tensors[other])
-            if b.is_adapter and name not in factors:
-                after = before
-            elif b.is_adapter:
+            after = read_tensor(info)
+            if name in factors:
                 after = add_update(before, factors[name].read(), torch.float32)
-            else:
-                after = read_tensor(info)
             found.append(_difference(name, layer, before, after))
     return found + [Difference(name, note="only in A") for name in places.values()]
 

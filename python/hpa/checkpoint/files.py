@@ -323,23 +323,30 @@ class Folder:
 
 
 def fingerprint(folder: Folder, names: Mapping[str, str]) -> str:
-    """A short name for the contents of a model's layers, equal however they are sharded or prefixed.
+    """A short name for the contents of tensors, equal however they are sharded or prefixed.
 
-    SHA-256 of each layer's canonical name, dtype, shape and first 4,096 bytes.
+    SHA-256 of each tensor's name, dtype, shape and eight pieces of 512 bytes, from its beginning to its end: what a
+    training changes, it changes everywhere.
 
     Args:
         folder: the model.
-        names: canonical layer name -> tensor name.
+        names: the name that counts -> the folder's name of the tensor.
     """
+    pieces, size = 8, 512
     digest = hashlib.sha256()
     descriptors: dict[Path, int] = {}
     try:
-        for canonical in sorted(names):
-            info = folder.tensors[names[canonical]]
+        for name in sorted(names):
+            info = folder.tensors[names[name]]
             if info.path not in descriptors:
                 descriptors[info.path] = os.open(info.path, os.O_RDONLY)
-            digest.update(f"{canonical} {info.dtype} {info.shape}\n".encode())
-            digest.update(os.pread(descriptors[info.path], min(4096, info.size), info.offset))
+            digest.update(f"{name} {info.dtype} {info.shape}\n".encode())
+            if info.size <= pieces * size:
+                digest.update(os.pread(descriptors[info.path], info.size, info.offset))
+                continue
+            for piece in range(pieces):
+                at = info.offset + piece * (info.size - size) // (pieces - 1)
+                digest.update(os.pread(descriptors[info.path], size, at))
     finally:
         for descriptor in descriptors.values():
             os.close(descriptor)

@@ -209,13 +209,19 @@ class LazyModel:
                     module._buffers[name] = buffer.to(self._device)
 
     def _load_whole(self, trust_remote_code: bool) -> None:
-        model = self._architecture.from_pretrained(
-            self._folder.path,
-            local_files_only=True,
-            dtype=self._dtype or "auto",
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-        )
+        try:
+            model = self._architecture.from_pretrained(
+                self._folder.path,
+                local_files_only=True,
+                dtype=self._dtype or "auto",
+                use_safetensors=True,
+                trust_remote_code=trust_remote_code,
+            )
+        except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: tensors of other shapes than config.json's
+            first = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
+            raise CheckpointError(
+                f"{self._folder.argument}: transformers cannot load {self._folder.path} by its config.json ({first})"
+            ) from error
         with torch.no_grad():
             for tensor, factors in self._updates.items():
                 target = _parameter_like(model, tensor, self._disk)

@@ -21,7 +21,7 @@ from torch import Tensor
 import hpa_ext
 from hpa.checkpoint.buffers import Buffers
 from hpa.checkpoint.claims import ClaimLostError
-from hpa.checkpoint.files import DTYPES, CheckpointError, encode_header, read_tensor, tensor_bytes
+from hpa.checkpoint.files import DTYPES, CheckpointError, TensorInfo, encode_header, read_tensor, tensor_bytes
 from hpa.checkpoint.memory import Memory
 from hpa.checkpoint.plan import Entry, Shard
 from hpa.checkpoint.statistics import Statistics
@@ -255,7 +255,11 @@ def _result(
     assert loaded.before is not None
     given = loaded.update if loaded.update is not None else loaded.source
     assert given is not None
-    edit = editor.edit(entry, loaded.before, given, reuse_update=True)
+    try:
+        edit = editor.edit(entry, loaded.before, given, reuse_update=True)
+    except ValueError:
+        _name_what_is_not_finite(entry)
+        raise
     weight = edit.weight
     if weight.dtype != dtype:
         weight = weight.to(dtype)
@@ -278,7 +282,11 @@ def _adapter_half(
         loaded = Loaded(None, read_tensor(entry.before), entry.factors.read())
     assert loaded.before is not None
     assert loaded.update is not None
-    edit = editor.edit(entry, loaded.before, loaded.update)
+    try:
+        edit = editor.edit(entry, loaded.before, loaded.update)
+    except ValueError:
+        _name_what_is_not_finite(entry)
+        raise
     if edit.update is None or edit.base is None or edit.update.rank != entry.factors.a.shape[0]:
         raise CheckpointError(
             f"save-as: lora cannot hold the edit of layer {layer.name} by method '{editor.method.name}': it is no "
@@ -299,17 +307,31 @@ def _adapter_half(
     return first.to(dtype), numbers
 
 
+def _name_what_is_not_finite(entry: Entry) -> None:
+    """Raises CheckpointError where NaN or Inf in a weight is why a layer could not be edited."""
+    infos: list[tuple[str, TensorInfo | None]] = [("BEFORE", entry.before)]
+    if entry.factors is None:
+        infos.append(("AFTER", entry.source))
+    else:
+        infos += [("AFTER", entry.factors.a), ("AFTER", entry.factors.b)]
+    for side, info in infos:
+        if info is not None and not _is_finite(read_tensor(info)):
+            raise CheckpointError(f"{side}: tensor '{info.name}' of {info.path} holds NaN or Inf")
+
+
 def _check_finite(entry: Entry, tensor: Tensor) -> None:
+    if not _is_finite(tensor):
+        raise CheckpointError(f"AFTER: tensor '{entry.name}' of {entry.source.path} holds NaN or Inf")
+
+
+def _is_finite(tensor: Tensor) -> bool:
     if not tensor.is_floating_point() or tensor.itemsize == 1 or not tensor.numel():
-        return
+        return True
     if tensor.ndim > 1:
         rows = tensor.reshape(-1, tensor.shape[-1])
         # x - x is NaN where x is not finite: one pass, where torch.isfinite makes several tensors of this size.
-        finite = bool(torch.isfinite(hpa_ext.change_statistics(rows, rows).column_change).all())
-    else:
-        finite = bool(torch.isfinite(tensor).all())
-    if not finite:
-        raise CheckpointError(f"AFTER: tensor '{entry.name}' holds NaN or Inf")
+        return bool(torch.isfinite(hpa_ext.change_statistics(rows, rows).column_change).all())
+    return bool(torch.isfinite(tensor).all())
 
 
 def _held(seen: InputStatistics) -> int:

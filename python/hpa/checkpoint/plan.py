@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fnmatch
+import json
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -127,13 +128,16 @@ def model_layers(
 
 
 def model_fingerprint(model: Folder, adapter: Adapter | None = None) -> str:
-    """Of a model's layers, or of a base with an adapter on it."""
-    layers = model_layers(model, decoder_of(model))
-    print_ = fingerprint(model, {name: tensor for name, (_, tensor) in layers.items()})
+    """Of what a model's layers are fed with: every tensor but the head; of a base with an adapter on it, both."""
+    decoder = decoder_of(model)
+    places = {decoder.place(name): name for name in model.tensors}
+    # The head comes after all layers, and a file may leave it out where it is tied.
+    print_ = fingerprint(model, {place: name for place, name in places.items() if "lm_head" not in place.split(".")})
     if adapter is None:
         return print_
     own = fingerprint(adapter.folder, {name: name for name in adapter.folder.tensors})
-    return sha256(f"{print_} {own} {adapter.folder.config.get('lora_alpha')}".encode()).hexdigest()[:32]
+    scales = {name: adapter.folder.config.get(name) for name in ("lora_alpha", "alpha_pattern", "use_rslora")}
+    return sha256(f"{print_} {own} {json.dumps(scales, sort_keys=True)}".encode()).hexdigest()[:32]
 
 
 def make_plan(
@@ -170,6 +174,13 @@ def make_plan(
             f"{after.argument}: has {decoder.blocks} decoder blocks, expected {before_decoder.blocks} as BEFORE has"
         )
     layers = _chosen(model_layers(base, decoder, include_projector=include_projector), known, skip, after)
+    for pattern in skip:
+        if not any(_matches(name, [pattern]) for name in layers):
+            raise CheckpointError(
+                f"--skip: {pattern!r} matches none of {len(layers)} layers, of which the first is {next(iter(layers))}"
+            )
+    if all(_matches(name, skip) for name in layers):
+        raise CheckpointError(f"--skip: {' '.join(skip)} leaves none of {len(layers)} layers to edit")
     old = model_layers(before, before_decoder, include_projector=include_projector)
     for canonical, (_, name) in old.items():
         if canonical not in layers and not _matches(canonical, skip):
@@ -264,15 +275,24 @@ def _plan_adapter(
             raise CheckpointError(
                 f"BEFORE: {tensor} has dtype {before.tensors[tensor].dtype}, expected BF16, F16, F32 or F64"
             )
-    layers = [by_tensor[tensor] for tensor in factors if tensor in by_tensor]
+    for tensor, info in replaced.items():
+        if tensor in by_tensor and info.shape != before.tensors[tensor].shape:
+            raise CheckpointError(
+                f"{argument}: {tensor} is {list(info.shape)}, expected {list(before.tensors[tensor].shape)}"
+            )
+        if tensor in by_tensor and not info.is_floating:
+            raise CheckpointError(f"{argument}: {tensor} has dtype {info.dtype}, expected BF16, F16, F32 or F64")
+    layers = [by_tensor[tensor] for tensor in (*factors, *replaced) if tensor in by_tensor]
     if save_as == "lora":
-        return Plan([_adapter_shard(before, adapter, factors, by_tensor)], [], decoder, layers)
+        return Plan([_adapter_shard(before, adapter, factors, replaced, by_tensor)], [], decoder, layers)
     shards = []
     for file_name, file in before.files.items():
         entries = []
         for name, info in file.tensors.items():
             own, layer = factors.get(name), by_tensor.get(name)
-            if name in replaced:
+            if name in replaced and layer is not None:
+                entries.append(_trained_in_full(name, replaced[name], info, layer))
+            elif name in replaced:
                 entries.append(
                     Entry(
                         name,
@@ -302,8 +322,16 @@ def _plan_adapter(
     return Plan(shards, [], decoder, layers)
 
 
+def _trained_in_full(name: str, info: TensorInfo, before: TensorInfo, layer: LayerSpec) -> Entry:
+    return Entry(name, "merged", "linear layer of the decoder, trained in full", info, before, None, layer)
+
+
 def _adapter_shard(
-    before: Folder, adapter: Adapter, factors: dict[str, Factors], by_tensor: dict[str, LayerSpec]
+    before: Folder,
+    adapter: Adapter,
+    factors: dict[str, Factors],
+    replaced: dict[str, TensorInfo],
+    by_tensor: dict[str, LayerSpec],
 ) -> Shard:
     halves: dict[str, tuple[str, str]] = {}
     for tensor, pair in factors.items():
@@ -314,7 +342,10 @@ def _adapter_shard(
     for name, info in file.tensors.items():
         tensor, part = halves.get(name, ("", ""))
         layer = by_tensor.get(tensor)
-        if layer is None:
+        whole = next((tensor for tensor, held in replaced.items() if held is info and tensor in by_tensor), None)
+        if whole is not None:
+            entries.append(_trained_in_full(name, info, before.tensors[whole], by_tensor[whole]))
+        elif layer is None:
             entries.append(Entry(name, "copied", "no factor of a layer that is edited", info))
         else:
             entries.append(

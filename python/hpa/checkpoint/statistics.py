@@ -63,7 +63,7 @@ class StatisticsInfo:
 
     Attributes:
         role: which set it is of: safety, task, or keep (what else the model can do).
-        fingerprint: of the model's layers, see :func:`hpa.checkpoint.files.fingerprint`.
+        fingerprint: of the weights, see :func:`hpa.checkpoint.plan.model_fingerprint`.
         model: the folder that was read, for people.
         data: the file of samples, its SHA-256 and how many were used.
         config: the calibration options.

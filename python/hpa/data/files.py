@@ -220,7 +220,7 @@ def _records(path: Path) -> Iterator[Any]:
             if line.strip():
                 try:
                     yield json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     raise DataError(f"{path}: line {number} is not JSON ({error})") from None
         return
     if path.suffix == ".token":
@@ -228,7 +228,7 @@ def _records(path: Path) -> Iterator[Any]:
         return
     try:
         content = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not JSON ({error})") from None
     if isinstance(content, dict):
         wrapped = (content[key] for key in ("data", "items", "samples", "images") if isinstance(content.get(key), list))
