@@ -460,8 +460,12 @@ def _check_room(stage: Path, prepared: Prepared, job: Job) -> None:
     free = shutil.disk_usage(stage).free
     if needed > free:
         raise CheckpointError(
-            f"--out: the output takes {needed / 1e9:.2f} GB more and {stage.parent} has {free / 1e9:.2f} GB free"
+            f"--out: the output takes {_told_size(needed)} more and {stage.parent} has {_told_size(free)} free"
         )
+
+
+def _told_size(size: int) -> str:
+    return f"{size / 1e9:.2f} GB" if size >= 1e8 else f"{size / 1e6:.3g} MB"
 
 
 def _write_shards(job: Job, prepared: Prepared, stage: Path, claims: Claims, listener: Listener) -> None:

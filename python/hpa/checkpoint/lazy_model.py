@@ -22,6 +22,7 @@ from hpa.checkpoint.adapter import Adapter
 from hpa.checkpoint.files import DTYPES, CheckpointError, Folder, read_tensor
 from hpa.checkpoint.names import Decoder, find_decoder, reduced
 from hpa.checkpoint.plan import decoder_of
+from hpa.data.quiet import quiet
 from hpa.layers import add_update
 
 __all__ = ["LazyModel", "module_decoder"]
@@ -210,13 +211,14 @@ class LazyModel:
 
     def _load_whole(self, trust_remote_code: bool) -> None:
         try:
-            model = self._architecture.from_pretrained(
-                self._folder.path,
-                local_files_only=True,
-                dtype=self._dtype or "auto",
-                use_safetensors=True,
-                trust_remote_code=trust_remote_code,
-            )
+            with quiet():
+                model = self._architecture.from_pretrained(
+                    self._folder.path,
+                    local_files_only=True,
+                    dtype=self._dtype or "auto",
+                    use_safetensors=True,
+                    trust_remote_code=trust_remote_code,
+                )
         except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: tensors of other shapes than config.json's
             first = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
             raise CheckpointError(
