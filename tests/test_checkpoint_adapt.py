@@ -57,12 +57,17 @@ def job(
 
 def in_memory(pair: Pair, method: str = "hpa", **options: Any) -> dict[str, torch.Tensor]:
     """The edited weights as :func:`hpa.adapt` makes them, by name."""
-    kind = AutoModelForImageTextToText if "llava" in (pair.before / "config.json").read_text() else AutoModelForCausalLM
+    kind = auto(pair.before)
     before, after = (kind.from_pretrained(folder) for folder in (pair.before, pair.after))
     encoder = Encoder(pair.before)
     sets = [list(encoder.batches(read_conversations(path).conversations)) for path in (pair.safety, pair.task)]
     library.adapt(before, after, safety=sets[0], task=sets[1], method=create_method(method, **options))
     return after.state_dict()
+
+
+def auto(folder: Path) -> Any:
+    pictured = "vision_config" in json.loads((folder / "config.json").read_text())
+    return AutoModelForImageTextToText if pictured else AutoModelForCausalLM
 
 
 def close(made: torch.Tensor, expected: torch.Tensor, before: torch.Tensor) -> None:
@@ -117,12 +122,16 @@ def test_states_of_two_dtypes_are_edited_in_the_better_one(tmp_path: Path, dtype
         assert 0 < int(kept.sum()) < len(kept), name
 
 
-@pytest.mark.parametrize("make", [tiny_models.qwen2, tiny_models.gpt_neox, gemma2], ids=["qwen2", "gpt_neox", "gemma2"])
+@pytest.mark.parametrize(
+    "make",
+    [tiny_models.qwen2, tiny_models.gpt_neox, gemma2, tiny_models.smolvlm, tiny_models.qwen2_5_vl],
+    ids=["qwen2", "gpt_neox", "gemma2", "smolvlm", "qwen2_5_vl"],
+)
 @pytest.mark.parametrize("method", ["hpa", "hpa_ls"])
 def test_families(tmp_path: Path, make: Any, method: str) -> None:
     pair = Pair(tmp_path, make)
     adapt_checkpoint(job(pair, tmp_path / "out", method))
-    made = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    made = auto(tmp_path / "out").from_pretrained(tmp_path / "out")
     expected = in_memory(pair, method)
     for name, tensor in made.state_dict().items():
         if method == "hpa":

@@ -19,8 +19,12 @@ from transformers import (
     LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
     Qwen2Config,
     Qwen2ForCausalLM,
+    SmolVLMConfig,
+    SmolVLMForConditionalGeneration,
 )
 
 VOCABULARY = 50
@@ -87,6 +91,64 @@ def llava(seed: int = 0) -> LlavaForConditionalGeneration:
     )
     config = LlavaConfig(vision_config=vision, text_config=text, image_token_id=IMAGE_TOKEN, image_seq_length=PATCHES)
     return LlavaForConditionalGeneration(config).eval()
+
+
+def smolvlm(seed: int = 0) -> SmolVLMForConditionalGeneration:
+    """The family of Idefics3: its decoder is ``model.text_model``, beside a tower with layers of its own."""
+    torch.manual_seed(seed)
+    text = {
+        "model_type": "llama",
+        "vocab_size": 61,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    vision = {
+        "hidden_size": 8,
+        "intermediate_size": 12,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": 8,
+        "patch_size": 4,
+    }
+    config = SmolVLMConfig(text_config=text, vision_config=vision, image_token_id=60, scale_factor=2, pad_token_id=0)
+    return SmolVLMForConditionalGeneration(config).eval()
+
+
+def qwen2_5_vl(seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
+    """A tower whose blocks are called ``blocks``, positions of three kinds in the decoder."""
+    torch.manual_seed(seed)
+    text = {
+        "vocab_size": 61,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_window_layers": 2,
+        "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 0]},
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    }
+    vision = {
+        "hidden_size": 8,
+        "intermediate_size": 12,
+        "depth": 2,
+        "num_heads": 2,
+        "out_hidden_size": 16,
+        "patch_size": 4,
+    }
+    config = Qwen2_5_VLConfig(
+        text_config=text,
+        vision_config=vision,
+        image_token_id=60,
+        video_token_id=59,
+        vision_start_token_id=58,
+        vision_end_token_id=57,
+    )
+    return Qwen2_5_VLForConditionalGeneration(config).eval()
 
 
 class PlainBlock(nn.Module):
