@@ -583,6 +583,17 @@ def test_plan_tells_the_fate_of_every_tensor(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_a_plan_needs_no_samples(tmp_path: Path) -> None:
+    pair = Pair(tmp_path, tiny_models.llama)
+    with_samples = hpa("adapt", pair.before, pair.after, *pair.data(), "--dry-run")
+    without = hpa("adapt", pair.before, pair.after, "--dry-run")
+    assert without.stdout.split("reads")[0] == with_samples.stdout.split("reads")[0]
+    for role in ("safety", "task"):
+        assert f"not given yet: statistics: method 'hpa' needs those of the {role} set" in without.stderr
+    assert "not given yet" not in with_samples.stderr
+    hpa("adapt", pair.before, pair.after, "--out", tmp_path / "out", code=2)
+
+
 def test_everything_goes_along(tmp_path: Path) -> None:
     """Side files are copied, pickles are not, and the folder says what was done."""
     pair = Pair(tmp_path, tiny_models.llama)

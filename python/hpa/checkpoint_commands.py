@@ -161,7 +161,10 @@ def adapt_command(
         trust_remote_code=trust_remote_code,
     )
     if dry_run:
-        _show_plan(plan_job(job), job)
+        missing: list[str] = []
+        _show_plan(plan_job(job, missing), job)
+        for line in missing:
+            _err.print(f"not given yet: {line}", markup=False, highlight=False, soft_wrap=True)
         return
     with _Bars(quiet) as bars:
         result = adapt_checkpoint(job, bars)

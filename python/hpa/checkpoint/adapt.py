@@ -155,13 +155,17 @@ class Prepared:
     plan: Plan
 
 
-def plan_job(job: Job) -> Plan:
+def plan_job(job: Job, missing: list[str] | None = None) -> Plan:
     """What would happen to every tensor; nothing is written.
+
+    Args:
+        job: what to do.
+        missing: what is said of sets that the method needs and the job has not is put here, instead of raised.
 
     Raises:
         CheckpointError: whatever would stop the job, as far as headers show it.
     """
-    return prepare(job).plan
+    return prepare(job, missing).plan
 
 
 def adapt_checkpoint(job: Job, listener: Listener | None = None) -> JobResult:
@@ -234,8 +238,8 @@ def _wanted(job: Job) -> dict[str, frozenset[str]]:
     return wanted
 
 
-def prepare(job: Job) -> Prepared:
-    """Read and check everything but the numbers."""
+def prepare(job: Job, missing: list[str] | None = None) -> Prepared:
+    """Read and check everything but the numbers; ``missing`` as in :func:`plan_job`."""
     if job.method.only_trains:
         raise CheckpointError(
             f"method '{job.method.name}' is a way of training: it does nothing to finished checkpoints; use it in "
@@ -278,10 +282,14 @@ def prepare(job: Job) -> Prepared:
                 raise CheckpointError(f"--{role}: no such file: {job.calibrations[role].data}")
             pending = True
         else:
-            raise CheckpointError(
+            said = (
                 f"statistics: method '{job.method.name}' needs those of the {role} set; pass --{role} with samples, "
                 "or --statistics with a file"
             )
+            if missing is None:
+                raise CheckpointError(said)
+            missing.append(said)
+            pending = True
     _check_alike(job, statistics)
     known = None
     include_projector = False
