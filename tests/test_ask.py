@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import shutil
 
 import pytest
 import tiny_published as tiny
@@ -46,6 +47,7 @@ def prompts(tmp_path):
             {"role": "user", "content": "Which cup"}]},
         {"id": "c", "prompt": "What is it ?", "image": "pictures/1.png"},
         {"id": "d", "prompt": "What is it ?", "image": f"data:image/png;base64,{held}", "category": "x"},
+        {"id": "u", "prompt": "Is \u2028 the \x85 car ?"},
         *({"id": f"e{i}", "prompt": f"train test {i}"} for i in range(7)),
     ]  # fmt: skip
     path = tmp_path / "prompts.jsonl"
@@ -78,13 +80,13 @@ def test_answers_are_the_models_own_and_are_read_back_as_samples(folder, prompts
     told = ask(
         AskJob(folder, prompts, "keep", out, NOBODY, max_new_tokens=5, batch_size=4), lambda *done: seen.append(done)
     )
-    assert (told.prompts, told.asked, told.refused, told.image_root) == (11, 11, 0, None)
-    assert told.kept + told.empty == 11
-    assert seen == [(4, 11), (8, 11), (11, 11)]
+    assert (told.prompts, told.asked, told.refused, told.image_root) == (12, 12, 0, None)
+    assert told.kept + told.empty == 12
+    assert seen == [(4, 12), (8, 12), (12, 12)]
     found = read_conversations(out).conversations
     rows = [json.loads(line) for line in out.read_text().splitlines()]
     assert [row["id"] for row in rows] == [one.id for one in found]
-    assert [one.id for one in found if not one.id.startswith("e")] == ["a", "b", "c", "d"]
+    assert [one.id for one in found if not one.id.startswith("e")] == ["a", "b", "c", "d", "u"]
     assert rows[2]["images"] == ["pictures/1.png"]
     assert rows[3]["images"][0].startswith("data:image/png;base64,")
     assert rows[3]["category"] == "x"
@@ -115,7 +117,7 @@ def test_refusals_alone_are_written_and_asking_ends_with_enough(folder, prompts,
     assert (told.kept, told.asked, told.prompts) == (3, 4, 7)
     told = ask(AskJob(folder, prompts, "keep", out, NOBODY, samples=2, batch_size=2, max_new_tokens=5, seed=3))
     assert told.kept == 2
-    assert told.asked < 11
+    assert told.asked < 12
     first = out.read_bytes()
     ask(AskJob(folder, prompts, "keep", out, NOBODY, samples=2, batch_size=2, max_new_tokens=5, seed=3))
     assert out.read_bytes() == first
@@ -142,8 +144,15 @@ def test_what_cannot_be_asked_is_said(folder, prompts, tmp_path):
         asking(prompts="nothing")
     with pytest.raises(CheckpointError, match="--out: .* is the file of prompts itself"):
         asking(out=prompts)
-    with pytest.raises(DataError, match=r"prompts.jsonl: .*refused none of 11 .*\(judge 'nobody'\)"):
+    with pytest.raises(DataError, match=r"prompts.jsonl: .*refused none of 12 .*\(judge 'nobody'\)"):
         asking()
+    with pytest.raises(CheckpointError, match=r"--out: expected a file of JSON lines, named \*.jsonl, got .*out.json"):
+        asking(out=tmp_path / "out.json")
+    (tmp_path / "folder.jsonl").mkdir()
+    with pytest.raises(CheckpointError, match="--out: .* is a folder"):
+        asking(out=tmp_path / "folder.jsonl")
+    with pytest.raises(CheckpointError, match="device: expected cpu, cuda or cuda:N, got 'foo'"):
+        asking(device="foo")
     adapter = tmp_path / "adapter"
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text("{}")
@@ -153,10 +162,31 @@ def test_what_cannot_be_asked_is_said(folder, prompts, tmp_path):
     broken.write_text('{"messages": [{"role": "system", "content": "x"}]}\n')
     with pytest.raises(DataError, match="sample 0: expected a question"):
         asking(prompts=broken)
+    broken.write_text('{"prompt": "half \\ud83d"}\n')
+    with pytest.raises(DataError, match="sample 0: the user turn is no text: half of a surrogate pair"):
+        asking(prompts=broken)
     broken.write_text('{"prompt": "x", "image": "none.png"}\n')
     with pytest.raises(DataError, match="sample 0: no picture at"):
         asking(prompts=broken)
     assert not out.exists()
+
+
+def test_a_model_with_weights_missing_is_not_asked(folder, prompts, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    broken = tmp_path / "broken"
+    shutil.copytree(folder, broken)
+    tensors = load_file(broken / "model.safetensors")
+    gone = next(name for name in tensors if name.endswith("layers.1.mlp.up_proj.weight"))
+    del tensors[gone]
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(DataError, match="MODEL: .* has no weights for .*layers.1.mlp.up_proj.weight"):
+        ask(AskJob(broken, prompts, "keep", tmp_path / "out.jsonl", NOBODY))
+    config = json.loads((folder / "config.json").read_text())
+    config["text_config"]["intermediate_size"] += 8
+    (broken / "config.json").write_text(json.dumps(config))
+    with pytest.raises(DataError, match="MODEL: the weights of .* have other shapes than its config.json says"):
+        ask(AskJob(broken, prompts, "keep", tmp_path / "out.jsonl", NOBODY))
 
 
 def test_the_command_says_what_it_did(folder, prompts, tmp_path):
@@ -164,7 +194,7 @@ def test_the_command_says_what_it_did(folder, prompts, tmp_path):
     options = ["ask", str(folder), str(prompts), "--as", "keep", "-o", str(out), "--max-new-tokens", "5", "-q"]
     done = CliRunner().invoke(app, [*options, "--samples", "50"], catch_exceptions=False)
     assert done.exit_code == 0
-    assert "11 of 11 prompts asked, 0 refused," in done.stdout
+    assert "12 of 12 prompts asked, 0 refused," in done.stdout
     assert "50 were wanted" in done.stderr
     assert out.is_file()
     with pytest.raises(CheckpointError, match="--judge: judge: expected one of"):
@@ -179,6 +209,7 @@ def test_the_command_says_what_it_did(folder, prompts, tmp_path):
         ("I will not answer.", True),
         ("Paris is the capital of France.", False),
         ("Sorry to hear that! Here is a cake.", False),
+        ("Great idea! The first thing that comes to my mind is what you need at home: I can't wait to help.", False),
         ("", False),
     ],
 )

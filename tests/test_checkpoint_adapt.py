@@ -698,7 +698,7 @@ def test_statistics_are_made_as_the_method_asks_and_alike(tmp_path: Path) -> Non
     other = CalibrationConfig(damping=0.05, normalize="samples")
     calibrate_checkpoint(CalibrationJob(pair.after, pair.task, "task", paths["task"], config=other))
     with pytest.raises(
-        CheckpointError, match="normalize=samples, and .*safety.safetensors with tokens; expected the same"
+        CheckpointError, match="the same of all sets, got normalize=tokens for .*safety.* and samples for"
     ):
         plan_job(job(pair, tmp_path / "out", statistics=paths))
 
@@ -810,20 +810,46 @@ def test_biases_that_an_adapter_trained_are_taken(tmp_path: Path) -> None:
     assert torch.equal(made[name], before[name] + 1)
 
 
-def test_layers_that_are_left_out_need_no_calibration(tmp_path: Path) -> None:
+def test_what_is_left_out_does_not_change_what_inputs_are_called(tmp_path: Path) -> None:
+    """A memory is kept by input, and an input is called after the first layer that it feeds."""
     pair = Pair(tmp_path, tiny_models.llama)
-    path = tmp_path / "safety.safetensors"
-    hpa("calibrate", pair.before, pair.safety, "--as", "safety", "-o", path, "--skip", "*.self_attn.*")
-    assert {name.split(".")[2] for name in Statistics(path).info.layers} == {"mlp"}
-    given = job(pair, tmp_path / "out", statistics={"safety": path}, skip=("*.self_attn.*",))
-    result = adapt_checkpoint(given)
-    assert {edit["name"].split(".")[2] for edit in result.edits} == {"mlp"}
-    plain = adapt_checkpoint(job(pair, tmp_path / "plain", skip=("*.self_attn.*",)))
-    assert [edit["kept"] for edit in plain.edits] == [edit["kept"] for edit in result.edits]
-    task = tmp_path / "task.safetensors"
-    calibrate_checkpoint(CalibrationJob(pair.after, pair.task, "task", task))
-    with pytest.raises(CheckpointError, match="statistics: none for 12 of 21 layers"):
-        plan_job(job(pair, tmp_path / "out2", statistics={"safety": path, "task": task}))
+    adapt_checkpoint(job(pair, tmp_path / "one", "hpa_ls"))
+    memory = tmp_path / "one" / "hpa-memory.safetensors"
+    adapt_checkpoint(job(pair, tmp_path / "two", "hpa_ls", memory=memory, skip=("*.q_proj",)))
+    assert load_file(memory).keys() == load_file(tmp_path / "two" / "hpa-memory.safetensors").keys()
+
+
+def test_only_what_a_method_reads_of_statistics_has_to_be_alike(tmp_path: Path) -> None:
+    pair = Pair(tmp_path, tiny_models.llama)
+    paths = {"safety": tmp_path / "safety.safetensors", "task": tmp_path / "task.safetensors"}
+    for role, folder, data, damping in (
+        ("safety", pair.before, pair.safety, 0.05),
+        ("task", pair.after, pair.task, 0.01),
+    ):
+        config, want = CalibrationConfig(damping=damping), frozenset({"diagonal", "gram"})
+        calibrate_checkpoint(CalibrationJob(folder, data, role, paths[role], config=config, want=want))  # type: ignore[arg-type]
+    plan_job(job(pair, tmp_path / "out", "hpa_ls", statistics=paths))
+    with pytest.raises(CheckpointError, match="expected the same of all sets, got damping=0.05 for .* and 0.01 for"):
+        plan_job(job(pair, tmp_path / "out", statistics=paths))
+    # What is still to be calibrated counts, before anything is done.
+    with pytest.raises(CheckpointError, match="got damping=0.05 for .*safety.safetensors and 0.01 for .*task.jsonl"):
+        plan_job(job(pair, tmp_path / "out", statistics={"safety": paths["safety"]}))
+
+
+def test_earlier_adapters_count_with_the_layers_that_they_hold_whole(tmp_path: Path) -> None:
+    pair = Pair(tmp_path, tiny_models.llama)
+    model = AutoModelForCausalLM.from_pretrained(pair.before)
+    wrapped = tiny_models.with_lora(model, rank=2, targets=["q_proj"], modules_to_save=["down_proj"])
+    for name, parameter in wrapped.named_parameters():
+        if "modules_to_save" in name:
+            parameter.data += 0.05
+    wrapped.save_pretrained(tmp_path / "adapter")
+    wrapped.merge_and_unload().save_pretrained(tmp_path / "whole")
+    for name in ("adapter", "whole"):
+        adapt_checkpoint(job(pair, tmp_path / f"from {name}", "task_arithmetic", earlier=(tmp_path / name,)))
+    made, expected = all_tensors(tmp_path / "from adapter"), all_tensors(tmp_path / "from whole")
+    for name, tensor in made.items():
+        torch.testing.assert_close(tensor, expected[name], rtol=1e-5, atol=1e-6)
 
 
 def test_aligned_weights_can_be_the_anchor(tmp_path: Path) -> None:

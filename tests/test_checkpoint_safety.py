@@ -148,8 +148,8 @@ BROKEN: dict[str, tuple[Change, str]] = {
     "shard that is not there": (lost_shard, "cannot be read \\(No such file or directory\\)"),
     "no config": (no_config, "AFTER: .* has neither config.json nor adapter_config.json"),
     "pickle alone": (only_pickles, "pytorch_model.bin is a pickle file and is not read"),
-    "NaN in a layer": (nan_in_layer, "layer layers.1.mlp.up_proj: the change of column 4 is not finite"),
-    "Inf in a norm": (inf_in_norm, "AFTER: tensor 'model.norm.weight' holds NaN or Inf"),
+    "NaN in a layer": (nan_in_layer, "AFTER: tensor 'model.layers.1.mlp.up_proj.weight' of .* holds NaN or Inf"),
+    "Inf in a norm": (inf_in_norm, "AFTER: tensor 'model.norm.weight' of .* holds NaN or Inf"),
     "layer that is missing": (missing_layer, "AFTER: layer layers.1.mlp.up_proj is missing"),
     "block that is missing": (missing_block, "AFTER: block model.layers.1 is missing"),
     "another shape": (
@@ -191,7 +191,9 @@ def test_error_in_the_command_is_one_line(whole: Pair, tmp_path: Path) -> None:
     pair = copied(whole, tmp_path)
     nan_in_layer(pair.after)
     done = hpa("adapt", pair.before, pair.after, "-m", "magnitude", "--out", tmp_path / "out", code=2)
-    assert done.stderr.strip().splitlines()[-1].startswith("error: layer layers.1.mlp.up_proj: the change of column 4")
+    assert (
+        done.stderr.strip().splitlines()[-1].startswith("error: AFTER: tensor 'model.layers.1.mlp.up_proj.weight' of ")
+    )
     (pair.before / "tokenizer.json").unlink()
     done = hpa("calibrate", pair.before, pair.safety, "--as", "safety", "-o", tmp_path / "s.safetensors", code=2)
     assert "no tokenizer that transformers can load" in done.stderr
@@ -221,10 +223,12 @@ def test_output_may_not_touch_the_inputs(whole: Pair, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="exists and is not empty"):
         adapt_checkpoint(Job(pair.before, pair.after, busy, method))
     assert (busy / "mine.txt").read_text() == "keep"
-    nowhere = tmp_path / "nowhere"
-    nowhere.symlink_to(tmp_path / "not there")
-    with pytest.raises(CheckpointError, match=r"--out: .*nowhere is a link to .*not there, which does not exist"):
-        adapt_checkpoint(Job(pair.before, pair.after, nowhere, method))
+    for place in ("not there", "empty"):
+        (tmp_path / "empty").mkdir(exist_ok=True)
+        nowhere = tmp_path / f"link to {place}"
+        nowhere.symlink_to(tmp_path / place)
+        with pytest.raises(CheckpointError, match=f"--out: .* is a link to .*{place}; expected a folder that is new"):
+            adapt_checkpoint(Job(pair.before, pair.after, nowhere, method))
     with pytest.raises(CheckpointError, match=r"--out: .* cannot be made, for .*mine.txt is a file"):
         adapt_checkpoint(Job(pair.before, pair.after, busy / "mine.txt" / "out", method))
 
@@ -304,6 +308,31 @@ def test_a_job_that_got_nowhere_leaves_nothing_and_can_be_mended(whole: Pair, tm
     assert (tmp_path / "out" / "hpa-manifest.json").is_file()
 
 
+def test_a_job_with_another_worker_at_it_is_neither_replaced_nor_removed(
+    whole: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other one has opened the folder, and done nothing yet."""
+    here, other = (
+        Job(whole.before, whole.after, tmp_path / "out", create_method("random"), seed=seed) for seed in (0, 1)
+    )
+    stage = tmp_path / ".out.hpa-part"
+    seen: list[str] = []
+
+    def meanwhile(*_: Any, **__: Any) -> Any:
+        monkeypatch.undo()
+        with pytest.raises(CheckpointError, match=r"the beginning of another job \(settings.seed: 0 then, 1 now\)"):
+            adapt_checkpoint(other)
+        seen.append(json.loads((stage / "work/job.json").read_text())["settings"]["seed"])
+        raise ValueError("something is wrong")
+
+    monkeypatch.setattr("hpa.checkpoint.adapt.editor_of", meanwhile)
+    with pytest.raises(ValueError, match="something is wrong"):
+        adapt_checkpoint(here)
+    assert seen == [0]
+    assert not stage.exists()
+    adapt_checkpoint(other)
+
+
 def test_samples_that_were_only_touched_are_the_same(
     whole: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -365,7 +394,7 @@ def test_weights_of_other_shapes_than_the_config_says_are_told(whole: Pair, tmp_
     config = json.loads(path.read_text())
     path.write_text(json.dumps(config | {"intermediate_size": config["intermediate_size"] + 8}))
     done = hpa("adapt", pair.before, pair.after, *pair.data(), "--out", tmp_path / "out", code=2)
-    assert f"MODEL: transformers cannot load {pair.before} by its config.json (" in done.stderr
+    assert f"MODEL: {pair.before}: its weights have other shapes than its config.json says" in done.stderr
 
 
 def test_json_that_is_too_deep_is_told(whole: Pair, tmp_path: Path) -> None:

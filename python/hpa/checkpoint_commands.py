@@ -295,10 +295,6 @@ def calibrate_command(
     ] = "stored",
     device: Annotated[str, typer.Option(help="Where the model runs: cpu, cuda or cuda:N.")] = "cpu",
     max_length: Annotated[int, typer.Option(min=1, help="Tokens of a text sample.")] = 2048,
-    skip: Annotated[
-        list[str] | None,
-        typer.Option("--skip", metavar="PATTERN", help="Do not look at such layers; may be repeated."),
-    ] = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="damping, normalize, token_filter ...; may be repeated."),
@@ -341,7 +337,6 @@ def calibrate_command(
         max_length=max_length,
         trust_remote_code=trust_remote_code,
         max_memory=None if max_memory is None else _bytes(max_memory),
-        skip=tuple(skip or ()),
     )
     first = os.environ.get("RANK", "0") == "0"
     with _Bars(quiet or not first) as bars:

@@ -11,7 +11,8 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterable
+import uuid
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
@@ -185,24 +186,40 @@ def adapt_checkpoint(job: Job, listener: Listener | None = None) -> JobResult:
     if out.exists() and not _is_empty(out):
         return JobResult(out, _finished(out, identity), True, time.perf_counter() - start)
     stage = out.parent / f".{out.name}.hpa-part"
-    _open_stage(stage, identity)
-    claims = Claims(stage / "work" / "claims")
+    claims, own = Claims(stage / "work" / "claims"), f"worker-{uuid.uuid4().hex}"
     try:
-        made = _calibrated(job, stage / "work", claims, listener)
-        prepared = first if made is job else prepare(made)
-        listener.total(prepared.plan.output_size)
-        _check_room(stage, prepared, job)
-        _write_shards(job, prepared, stage, claims, listener)
-        _finish(job, prepared, stage, out, claims, identity, listener)
+        with claims.hold(own):
+            try:
+                _work(job, first, stage, out, claims, own, identity, listener)
+            except (ValueError, OSError):  # something is wrong with the inputs: a mended job is another one
+                if stage.exists() and _holds_nothing(stage, own):
+                    shutil.rmtree(stage, ignore_errors=True)
+                raise
     except FileNotFoundError:
         # Another worker has renamed the stage away, finished.
         if stage.exists() or not (out / MANIFEST).is_file():
             raise
-    except (ValueError, OSError):  # something is wrong with the inputs: a mended job is another one
-        if _holds_nothing(stage):
-            shutil.rmtree(stage, ignore_errors=True)
-        raise
     return JobResult(out, _finished(out, identity), False, time.perf_counter() - start)
+
+
+def _work(
+    job: Job,
+    first: Prepared,
+    stage: Path,
+    out: Path,
+    claims: Claims,
+    own: str,
+    identity: dict[str, Any],
+    listener: Listener,
+) -> None:
+    """The job from its stage to its name; ``own``: the claim by which others see that a worker is there."""
+    _open_stage(stage, identity, own)
+    made = _calibrated(job, stage / "work", claims, listener)
+    prepared = first if made is job else prepare(made)
+    listener.total(prepared.plan.output_size)
+    _check_room(stage, prepared, job)
+    _write_shards(job, prepared, stage, claims, listener)
+    _finish(job, prepared, stage, out, claims, identity, listener)
 
 
 def _calibrated(job: Job, work: Path, claims: Claims, listener: Listener) -> Job:
@@ -220,8 +237,7 @@ def _calibrated(job: Job, work: Path, claims: Claims, listener: Listener) -> Job
                 elif not path.exists():
                     listener.say(f"calibrating on the {role} set")
                     calibrate_checkpoint(
-                        replace(calibration, out=path, want=wanted[role], max_memory=job.max_memory, skip=job.skip),
-                        listener.block,
+                        replace(calibration, out=path, want=wanted[role], max_memory=job.max_memory), listener.block
                     )
         statistics[role] = path
     return job if statistics == job.statistics else replace(job, statistics=statistics)
@@ -270,10 +286,13 @@ def prepare(job: Job, missing: list[str] | None = None) -> Prepared:
         if given and not remembers:
             raise CheckpointError(f"{what}: method '{job.method.name}' as set keeps no memory of past tasks")
     if job.method.keep_samples and "keep" not in wanted and job.memory is None:  # a memory may hold them already
-        raise CheckpointError(
+        said = (
             f"keep: method '{job.method.name}' is to keep {job.method.keep_samples} samples; pass --keep with them, or "
             "--statistics with a file of them"
         )
+        if missing is None:
+            raise CheckpointError(said)
+        missing.append(said)
     for role, kinds in wanted.items():
         if role in job.statistics:
             statistics[role] = _checked(job, role, kinds, fingerprints)
@@ -290,7 +309,7 @@ def prepare(job: Job, missing: list[str] | None = None) -> Prepared:
                 raise CheckpointError(said)
             missing.append(said)
             pending = True
-    _check_alike(job, statistics)
+    _check_alike(job, wanted, statistics)
     known = None
     include_projector = False
     if statistics and not pending:
@@ -336,24 +355,31 @@ def _checked(job: Job, role: str, kinds: frozenset[str], fingerprints: dict[str,
     return held
 
 
-def _check_alike(job: Job, statistics: dict[str, Statistics]) -> None:
-    """Raises CheckpointError where files were not made as the method asks, or not as one another."""
-    alike = ("token_filter", "normalize", "damping", "diag_mode")
-    asked = job.method.config.model_dump(mode="json", include=job.method.config.model_fields_set & set(alike))
-    first: Statistics | None = None
-    for held in statistics.values():
-        for name in alike:
-            made = held.info.config.get(name)
-            if name in asked and made != asked[name]:
+def _check_alike(job: Job, wanted: Mapping[str, frozenset[str]], statistics: Mapping[str, Statistics]) -> None:
+    """Raises CheckpointError where sets were not made as the method asks, or will not be as one another."""
+    alike = {"token_filter", "normalize"}
+    if any("diagonal" in kinds for kinds in wanted.values()):
+        alike |= {"damping", "diag_mode"}
+    asked = job.method.config.model_dump(mode="json", include=job.method.config.model_fields_set & alike)
+    made = {role: (str(held.path), held.info.config) for role, held in statistics.items()}
+    for role in wanted:
+        if role in job.calibrations and role not in made:
+            calibration = job.calibrations[role]
+            made[role] = (str(calibration.data), calibration.config.model_dump(mode="json"))
+    first: tuple[str, dict[str, Any]] | None = None
+    for role, (path, config) in made.items():
+        for name in sorted(alike):
+            value = config.get(name)
+            if role in statistics and name in asked and value != asked[name]:
                 raise CheckpointError(
-                    f"statistics: {held.path} was made with {name}={made}, --set says {asked[name]}; calibrate again"
+                    f"statistics: {path} was made with {name}={value}, --set says {asked[name]}; calibrate again"
                 )
-            if first is not None and made != first.info.config.get(name):
+            if first is not None and value != first[1].get(name):
                 raise CheckpointError(
-                    f"statistics: {held.path} was made with {name}={made}, and {first.path} with "
-                    f"{first.info.config.get(name)}; expected the same of both sets"
+                    f"statistics: expected the same of all sets, got {name}={first[1].get(name)} for {first[0]} and "
+                    f"{value} for {path}"
                 )
-        first = first or held
+        first = first or (path, config)
 
 
 def _refuse_place(out: Path, job: Job) -> None:
@@ -362,8 +388,8 @@ def _refuse_place(out: Path, job: Job) -> None:
         source = folder.resolve()
         if place == source or source in place.parents or place in source.parents:
             raise CheckpointError(f"--out: {out} lies in {argument} ({folder}) or holds it; choose another folder")
-    if out.is_symlink() and not out.exists():
-        raise CheckpointError(f"--out: {out} is a link to {out.readlink()}, which does not exist; remove it")
+    if out.is_symlink():
+        raise CheckpointError(f"--out: {out} is a link to {out.readlink()}; expected a folder that is new or empty")
     if out.exists() and not out.is_dir():
         raise CheckpointError(f"--out: {out} is a file; expected a folder that is new or empty")
     above = next(folder for folder in out.parents if folder.exists())
@@ -422,7 +448,7 @@ def _differences(old: Any, new: Any, where: str = "") -> Iterable[str]:
         yield f"{where}: {'absent' if old is None else old} then, {'absent' if new is None else new} now"
 
 
-def _open_stage(stage: Path, identity: dict[str, Any]) -> None:
+def _open_stage(stage: Path, identity: dict[str, Any], own: str) -> None:
     path = stage / "work" / "job.json"
     if not path.exists():
         write_file(path, json.dumps(identity, indent=1))
@@ -431,7 +457,7 @@ def _open_stage(stage: Path, identity: dict[str, Any]) -> None:
     except ValueError:
         raise CheckpointError(f"--out: {path} is damaged; remove {stage} and start anew") from None
     different = list(_differences(old, identity))
-    if different and _holds_nothing(stage):  # whatever stopped that job came before its first result
+    if different and _holds_nothing(stage, own):  # whatever stopped that job came before its first result
         write_file(path, json.dumps(identity, indent=1))
     elif different:
         raise CheckpointError(
@@ -440,9 +466,10 @@ def _open_stage(stage: Path, identity: dict[str, Any]) -> None:
         )
 
 
-def _holds_nothing(stage: Path) -> bool:
-    """Whether no worker is at it or has done anything yet."""
-    return {path.relative_to(stage).as_posix() for path in stage.rglob("*") if path.is_file()} <= {"work/job.json"}
+def _holds_nothing(stage: Path, own: str) -> bool:
+    """Whether nothing has been done in it and no other worker is there."""
+    there = {path.relative_to(stage).as_posix() for path in stage.rglob("*") if path.is_file()}
+    return there <= {"work/job.json", f"work/claims/{own}"}
 
 
 def _finished(out: Path, identity: dict[str, Any]) -> list[dict[str, Any]]:
@@ -595,11 +622,14 @@ def _earlier(path: Path, before: Folder) -> Callable[[str], torch.Tensor | LowRa
     folder = Folder(path, "earlier")
     if not folder.is_adapter:
         return _layer_reader(folder)
-    factors = Adapter.of(folder).factors_on(before.tensors)
+    adapter = Adapter.of(folder)
+    factors, replaced = adapter.factors_on(before.tensors), adapter.replaced_on(before.tensors)
     tensors = {canonical: tensor for canonical, (_, tensor) in _all_layers(before).items()}
 
-    def read(layer: str) -> LowRankUpdate:
+    def read(layer: str) -> torch.Tensor | LowRankUpdate:
         tensor = tensors[layer]
+        if tensor in replaced:
+            return read_tensor(replaced[tensor])
         if tensor in factors:
             return factors[tensor].read()
         rows, cols = before.tensors[tensor].shape

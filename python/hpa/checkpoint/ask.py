@@ -19,6 +19,7 @@ from typing import Any, Literal
 from PIL import Image
 from torch import nn
 
+from hpa.checkpoint.calibrate import device_of
 from hpa.checkpoint.files import ADAPTER_CONFIG, CheckpointError
 from hpa.config import CalibrationConfig
 from hpa.data.answers import answer, load_model
@@ -95,6 +96,11 @@ def ask(job: AskJob, progress: Callable[[int, int], None] | None = None) -> Answ
         raise CheckpointError(f"MODEL: expected a folder, found none at {job.model}")
     if (job.model / ADAPTER_CONFIG).is_file():
         raise CheckpointError(f"MODEL: {job.model} is an adapter; merge it into its model first, or ask that one")
+    if job.out.suffix != ".jsonl":
+        raise CheckpointError(f"--out: expected a file of JSON lines, named *.jsonl, got {job.out}")
+    if job.out.is_dir():
+        raise CheckpointError(f"--out: {job.out} is a folder; expected a file")
+    device = device_of(job.device)
     records = _asked(job)
     if job.out.resolve() == Path(job.prompts).resolve():
         raise CheckpointError(f"--out: {job.out} is the file of prompts itself")
@@ -105,7 +111,7 @@ def ask(job: AskJob, progress: Callable[[int, int], None] | None = None) -> Answ
         dtype=job.dtype,
         safetensors=True,
         trust_remote_code=job.trust_remote_code,
-    ).to(job.device)
+    ).to(device)
     order = list(range(len(records)))
     random.Random(job.seed).shuffle(order)
     # The number of its record is a sample's id: ids in files need not differ.
@@ -205,7 +211,7 @@ def _line(record: Record, text: str, root: Path) -> str:
         held["images"] = [_told(picture, root) for picture in record.pictures]
     if isinstance(record.metadata.get("category"), str):
         held["category"] = record.metadata["category"]
-    return json.dumps(held, ensure_ascii=False) + "\n"
+    return json.dumps(held) + "\n"
 
 
 def _told(picture: Picture, root: Path) -> str:

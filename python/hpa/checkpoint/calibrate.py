@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
 import os
 import warnings
 from collections.abc import Callable
@@ -17,14 +16,14 @@ from hpa.checkpoint.distributed import process_group
 from hpa.checkpoint.files import CheckpointError, Folder
 from hpa.checkpoint.hidden_states import HiddenStates
 from hpa.checkpoint.lazy_model import LazyModel, module_decoder
-from hpa.checkpoint.names import Decoder, expert_input, projector_name
+from hpa.checkpoint.names import expert_input, projector_name
 from hpa.checkpoint.plan import model_fingerprint
 from hpa.checkpoint.statistics import Role, Statistics, StatisticsInfo, StatisticsWriter
 from hpa.config import CalibrationConfig
 from hpa.data.encode import Encoder
 from hpa.data.files import read_conversations
 
-__all__ = ["CalibrationJob", "calibrate_checkpoint"]
+__all__ = ["CalibrationJob", "calibrate_checkpoint", "device_of"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,6 @@ class CalibrationJob:
         max_memory: bytes that the job (each process of it) may hold besides the program itself: what is left of them by
             the weights and the sums of a block, the samples' hidden states may take, and the rest of these lies in a
             file beside ``out`` that has no name.  ``None``: all are held.
-        skip: patterns of layers that are not looked at.
     """
 
     model: Path
@@ -65,7 +63,6 @@ class CalibrationJob:
     max_length: int = 2048
     trust_remote_code: bool = False
     max_memory: int | None = None
-    skip: tuple[str, ...] = ()
 
 
 def calibrate_checkpoint(job: CalibrationJob, progress: Callable[[int, int], None] | None = None) -> Statistics | None:
@@ -84,7 +81,7 @@ def calibrate_checkpoint(job: CalibrationJob, progress: Callable[[int, int], Non
         CheckpointError, DataError: inputs that cannot be used.
         ValueError: activations that are not finite (the layer is named).
     """
-    device = _device(job.device)
+    device = device_of(job.device)
     folder = Folder(job.model, "MODEL")
     adapter = None
     if folder.is_adapter:
@@ -107,12 +104,8 @@ def calibrate_checkpoint(job: CalibrationJob, progress: Callable[[int, int], Non
             f"{job.data}: {len(held.conversations)} samples cannot be shared by {group.size} processes; start fewer"
         )
     lazy = LazyModel(folder, adapter, dtype=job.dtype, device=device, trust_remote_code=job.trust_remote_code)
+    layers = find_layers(lazy.model, job.config.include_projector, blocks=job.config.blocks)
     decoder = module_decoder(lazy.model, "MODEL")
-    layers = [
-        spec
-        for spec in find_layers(lazy.model, job.config.include_projector, blocks=job.config.blocks)
-        if not any(fnmatch.fnmatchcase(_layer_name(decoder, spec.name), pattern) for pattern in job.skip)
-    ]
     hidden = HiddenStates(folder=job.out.parent)
     stream = CalibrationStream(
         lazy.model,
@@ -141,8 +134,8 @@ def calibrate_checkpoint(job: CalibrationJob, progress: Callable[[int, int], Non
             if group is None or group.rank == 0:
                 names = {}
                 for name in {*entries, *(seen.input_key for seen in entries.values())}:
-                    canonical = _layer_name(decoder, name)
-                    names[name] = expert_input(canonical) or canonical
+                    canonical = decoder.canonical(name)
+                    names[name] = projector_name(name) if canonical is None else expert_input(canonical) or canonical
                 writer.add(entries, names)
             if progress is not None:
                 progress(done, len(stream.numbers))
@@ -169,11 +162,6 @@ def calibrate_checkpoint(job: CalibrationJob, progress: Callable[[int, int], Non
     return Statistics(job.out)
 
 
-def _layer_name(decoder: Decoder, name: str) -> str:
-    """What a layer is called in statistics and by --skip."""
-    return decoder.canonical(name) or projector_name(name)
-
-
 def _room(max_memory: int, block: int) -> int:
     """Bytes of hidden states that may be held beside what a block takes."""
     if block > max_memory:
@@ -186,7 +174,7 @@ def _room(max_memory: int, block: int) -> int:
     return max(0, max_memory - block)
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
     """The device of this process.
 
     Raises:

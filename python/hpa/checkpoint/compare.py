@@ -128,9 +128,10 @@ def compare_folders(first: Path, second: Path) -> list[Difference]:
             found.append(Difference(name, layer, note="" if same else "other values"))
         else:
             before = read_tensor(a.tensors[other])
-            after = read_tensor(info)
             if name in factors:
                 after = add_update(before, factors[name].read(), torch.float32)
+            else:
+                after = before if b.is_adapter and name not in replaced else read_tensor(info)
             found.append(_difference(name, layer, before, after))
     return found + [Difference(name, note="only in A") for name in places.values()]
 

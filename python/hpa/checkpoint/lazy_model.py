@@ -210,20 +210,24 @@ class LazyModel:
                     module._buffers[name] = buffer.to(self._device)
 
     def _load_whole(self, trust_remote_code: bool) -> None:
+        where = f"{self._folder.argument}: {self._folder.path}"
         try:
             with quiet():
-                model = self._architecture.from_pretrained(
+                model, about = self._architecture.from_pretrained(
                     self._folder.path,
                     local_files_only=True,
                     dtype=self._dtype or "auto",
                     use_safetensors=True,
                     trust_remote_code=trust_remote_code,
+                    output_loading_info=True,
                 )
-        except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: tensors of other shapes than config.json's
-            first = next((line.strip() for line in str(error).splitlines() if line.strip()), "no reason given")
-            raise CheckpointError(
-                f"{self._folder.argument}: transformers cannot load {self._folder.path} by its config.json ({first})"
-            ) from error
+        except RuntimeError as error:
+            if "mismatch" not in str(error):
+                raise
+            raise CheckpointError(f"{where}: its weights have other shapes than its config.json says") from error
+        missing = sorted(about["missing_keys"])
+        if missing:
+            raise CheckpointError(f"{where}: it has no weights for {missing[0]} ({len(missing)} missing in all)")
         with torch.no_grad():
             for tensor, factors in self._updates.items():
                 target = _parameter_like(model, tensor, self._disk)

@@ -174,8 +174,12 @@ def make_plan(
             f"{after.argument}: has {decoder.blocks} decoder blocks, expected {before_decoder.blocks} as BEFORE has"
         )
     layers = _chosen(model_layers(base, decoder, include_projector=include_projector), known, skip, after)
+    all_names = {
+        *model_layers(base, decoder, include_projector=True),
+        *model_layers(before, before_decoder, include_projector=True),
+    }
     for pattern in skip:
-        if not any(_matches(name, [pattern]) for name in layers):
+        if not any(_matches(name, [pattern]) for name in all_names):
             raise CheckpointError(
                 f"--skip: {pattern!r} matches none of {len(layers)} layers, of which the first is {next(iter(layers))}"
             )

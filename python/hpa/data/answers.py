@@ -42,12 +42,21 @@ def load_model(
         kind = transformers.AutoModelForImageTextToText if pictured else transformers.AutoModelForCausalLM
         stored: Any = dtype if dtype == "auto" else getattr(torch, dtype)
         with quiet():
-            model: Any = kind.from_pretrained(folder, dtype=stored, use_safetensors=safetensors, **options)
+            options |= {"dtype": stored, "use_safetensors": safetensors, "output_loading_info": True}
+            loaded: Any = kind.from_pretrained(folder, **options)
+    except RuntimeError as error:
+        if "mismatch" not in str(error):
+            raise
+        raise DataError(f"{argument}: the weights of {folder} have other shapes than its config.json says") from error
     except (OSError, ValueError, KeyError) as error:
         first = (str(error).strip().splitlines() or ["no reason given"])[0]
         raise DataError(f"{argument}: transformers cannot load {folder} ({first})") from error
-    loaded: torch.nn.Module = model.eval()
-    return loaded
+    model, about = loaded
+    missing = sorted(about["missing_keys"])
+    if missing:
+        raise DataError(f"{argument}: {folder} has no weights for {missing[0]} ({len(missing)} missing in all)")
+    evaluated: torch.nn.Module = model.eval()
+    return evaluated
 
 
 def answer(

@@ -216,7 +216,7 @@ def _records(path: Path) -> Iterator[Any]:
     except UnicodeDecodeError:
         raise DataError(f"{path}: not UTF-8 text; expected .json, .jsonl, .parquet or .token") from None
     if path.suffix == ".jsonl":
-        for number, line in enumerate(text.splitlines(), start=1):
+        for number, line in enumerate(text.split("\n"), start=1):  # JSON's strings may hold other ends of lines
             if line.strip():
                 try:
                     yield json.loads(line)
@@ -305,9 +305,9 @@ def _conversation(record: Record, where: str, held: Mapping[str, Any]) -> Conver
     roles = [turn.role for turn in record.turns]
     if "assistant" not in roles:
         raise DataError(f"{where}: expected {_KNOWN}; it has {_keys(held)}")
-    if "user" not in roles:
-        raise DataError(f"{where}: expected a question and its answer")
     answered = len(roles) - roles[::-1].index("assistant")  # what is asked after it has no answer to learn from
+    if "user" not in roles[:answered]:
+        raise DataError(f"{where}: expected a question and its answer")
     if not record.turns[answered - 1].text:
         raise DataError(f"{where}: the last answer is empty")
     return Conversation(record.id, record.turns[:answered], tuple(picture.open() for picture in record.pictures))
@@ -494,6 +494,10 @@ def _record(
     for role, text in turns:
         if not isinstance(text, str):
             raise DataError(f"{where}: the {role} turn is {type(text).__name__}, expected text")
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise DataError(f"{where}: the {role} turn is no text: half of a surrogate pair stands in it") from None
         done.append(Turn(role, text.replace(_IMAGE_MARK, "").strip()))
     return Record(name, tuple(done), tuple(pictures), answers, dict(notes or {}))
 
