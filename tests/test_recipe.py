@@ -81,7 +81,7 @@ def test_a_short_recipe_is_filled_with_defaults() -> None:
         ),
         (
             {"evaluation": {"judge": "gpt"}},
-            r"evaluation.judge: judge: expected one of demo, advbench, got 'gpt'",
+            r"evaluation.judge: judge: expected one of demo, plain, advbench, got 'gpt'",
         ),
         (
             {"evaluation": {"scorers": {"photo": "rouge"}}},
