@@ -271,11 +271,8 @@ def same_files(first: Path, second: Path) -> bool:
     return all((first / name).read_bytes() == (second / name).read_bytes() for name in names[0])
 
 
-def test_changed_input_is_noticed_when_a_job_goes_on(
-    whole: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    pair = copied(whole, tmp_path)
-    job = Job(pair.before, pair.after, tmp_path / "out", create_method("magnitude"))
+def stopped_before_its_end(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All weights are written, and nothing has its name."""
 
     def stop(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
@@ -284,6 +281,14 @@ def test_changed_input_is_noticed_when_a_job_goes_on(
     with pytest.raises(KeyboardInterrupt):
         adapt_checkpoint(job)
     monkeypatch.undo()
+
+
+def test_changed_input_is_noticed_when_a_job_goes_on(
+    whole: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = copied(whole, tmp_path)
+    job = Job(pair.before, pair.after, tmp_path / "out", create_method("magnitude"))
+    stopped_before_its_end(job, monkeypatch)
     os.utime(first_shard(pair.after), ns=(1, 1))
     with pytest.raises(CheckpointError, match=r"the beginning of another job \(inputs.AFTER/model.*changed_ns"):
         adapt_checkpoint(job)
@@ -342,14 +347,7 @@ def test_samples_that_were_only_touched_are_the_same(
         "task": CalibrationJob(pair.after, pair.task, "task", Path()),
     }
     job = Job(pair.before, pair.after, tmp_path / "out", create_method("hpa"), calibrations=calibrations)
-
-    def stop(*_: Any, **__: Any) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr("hpa.checkpoint.adapt._finish", stop)
-    with pytest.raises(KeyboardInterrupt):
-        adapt_checkpoint(job)
-    monkeypatch.undo()
+    stopped_before_its_end(job, monkeypatch)
     text = pair.safety.read_text()
     pair.safety.write_text(text + "\n")
     with pytest.raises(CheckpointError, match=r"the beginning of another job \(inputs.samples/safety.sha256: "):

@@ -93,18 +93,20 @@ def llava(seed: int = 0) -> LlavaForConditionalGeneration:
     return LlavaForConditionalGeneration(config).eval()
 
 
+FOUR_HEADS = {
+    "vocab_size": 61,
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+
+
 def smolvlm(seed: int = 0) -> SmolVLMForConditionalGeneration:
     """The family of Idefics3: its decoder is ``model.text_model``, beside a tower with layers of its own."""
     torch.manual_seed(seed)
-    text = {
-        "model_type": "llama",
-        "vocab_size": 61,
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-    }
+    text = {"model_type": "llama", **FOUR_HEADS}
     vision = {
         "hidden_size": 8,
         "intermediate_size": 12,
@@ -121,12 +123,7 @@ def qwen2_5_vl(seed: int = 0) -> Qwen2_5_VLForConditionalGeneration:
     """A tower whose blocks are called ``blocks``, positions of three kinds in the decoder."""
     torch.manual_seed(seed)
     text = {
-        "vocab_size": 61,
-        "hidden_size": 16,
-        "intermediate_size": 24,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+        **FOUR_HEADS,
         "max_window_layers": 2,
         "rope_scaling": {"type": "mrope", "mrope_section": [1, 1, 0]},
         "bos_token_id": 1,

@@ -286,13 +286,11 @@ def prepare(job: Job, missing: list[str] | None = None) -> Prepared:
         if given and not remembers:
             raise CheckpointError(f"{what}: method '{job.method.name}' as set keeps no memory of past tasks")
     if job.method.keep_samples and "keep" not in wanted and job.memory is None:  # a memory may hold them already
-        said = (
+        _lack(
             f"keep: method '{job.method.name}' is to keep {job.method.keep_samples} samples; pass --keep with them, or "
-            "--statistics with a file of them"
+            "--statistics with a file of them",
+            missing,
         )
-        if missing is None:
-            raise CheckpointError(said)
-        missing.append(said)
     for role, kinds in wanted.items():
         if role in job.statistics:
             statistics[role] = _checked(job, role, kinds, fingerprints)
@@ -301,13 +299,11 @@ def prepare(job: Job, missing: list[str] | None = None) -> Prepared:
                 raise CheckpointError(f"--{role}: no such file: {job.calibrations[role].data}")
             pending = True
         else:
-            said = (
+            _lack(
                 f"statistics: method '{job.method.name}' needs those of the {role} set; pass --{role} with samples, "
-                "or --statistics with a file"
+                "or --statistics with a file",
+                missing,
             )
-            if missing is None:
-                raise CheckpointError(said)
-            missing.append(said)
             pending = True
     _check_alike(job, wanted, statistics)
     known = None
@@ -328,6 +324,13 @@ def prepare(job: Job, missing: list[str] | None = None) -> Prepared:
     )
     memory = Memory(job.memory, method=job.method, keep=statistics.get("keep")) if remembers else None
     return Prepared(before, after, adapter, statistics, memory, plan)
+
+
+def _lack(said: str, missing: list[str] | None) -> None:
+    """``said`` of a set that is not there: for the list, or raised where there is none."""
+    if missing is None:
+        raise CheckpointError(said)
+    missing.append(said)
 
 
 def _checked(job: Job, role: str, kinds: frozenset[str], fingerprints: dict[str, str] | None) -> Statistics:

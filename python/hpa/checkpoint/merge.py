@@ -255,11 +255,7 @@ def _result(
     assert loaded.before is not None
     given = loaded.update if loaded.update is not None else loaded.source
     assert given is not None
-    try:
-        edit = editor.edit(entry, loaded.before, given, reuse_update=True)
-    except ValueError:
-        _name_what_is_not_finite(entry)
-        raise
+    edit = _edited(editor, entry, loaded.before, given, reuse_update=True)
     weight = edit.weight
     if weight.dtype != dtype:
         weight = weight.to(dtype)
@@ -282,11 +278,7 @@ def _adapter_half(
         loaded = Loaded(None, read_tensor(entry.before), entry.factors.read())
     assert loaded.before is not None
     assert loaded.update is not None
-    try:
-        edit = editor.edit(entry, loaded.before, loaded.update)
-    except ValueError:
-        _name_what_is_not_finite(entry)
-        raise
+    edit = _edited(editor, entry, loaded.before, loaded.update)
     if edit.update is None or edit.base is None or edit.update.rank != entry.factors.a.shape[0]:
         raise CheckpointError(
             f"save-as: lora cannot hold the edit of layer {layer.name} by method '{editor.method.name}': it is no "
@@ -305,6 +297,16 @@ def _adapter_half(
     rows, cols = loaded.before.shape
     numbers = {"name": layer.name, "block": layer.block, "rows": rows, "cols": cols, **edit.numbers}
     return first.to(dtype), numbers
+
+
+def _edited(
+    editor: Editor, entry: Entry, before: Tensor, update: Tensor | LowRankUpdate, *, reuse_update: bool = False
+) -> LayerEdit:
+    try:
+        return editor.edit(entry, before, update, reuse_update=reuse_update)
+    except ValueError:
+        _name_what_is_not_finite(entry)
+        raise
 
 
 def _name_what_is_not_finite(entry: Entry) -> None:

@@ -174,17 +174,12 @@ def make_plan(
             f"{after.argument}: has {decoder.blocks} decoder blocks, expected {before_decoder.blocks} as BEFORE has"
         )
     layers = _chosen(model_layers(base, decoder, include_projector=include_projector), known, skip, after)
-    all_names = {
-        *model_layers(base, decoder, include_projector=True),
-        *model_layers(before, before_decoder, include_projector=True),
-    }
-    for pattern in skip:
-        if not any(_matches(name, [pattern]) for name in all_names):
-            raise CheckpointError(
-                f"--skip: {pattern!r} matches none of {len(layers)} layers, of which the first is {next(iter(layers))}"
-            )
-    if all(_matches(name, skip) for name in layers):
-        raise CheckpointError(f"--skip: {' '.join(skip)} leaves none of {len(layers)} layers to edit")
+    if skip:
+        all_names = {
+            *model_layers(base, decoder, include_projector=True),
+            *model_layers(before, before_decoder, include_projector=True),
+        }
+        _check_skip(skip, all_names, layers)
     old = model_layers(before, before_decoder, include_projector=include_projector)
     for canonical, (_, name) in old.items():
         if canonical not in layers and not _matches(canonical, skip):
@@ -341,14 +336,14 @@ def _adapter_shard(
     for tensor, pair in factors.items():
         halves[pair.a.name] = (tensor, "A")
         halves[pair.b.name] = (tensor, "B")
+    whole = {held.name: tensor for tensor, held in replaced.items() if tensor in by_tensor}
     (file_name, file), *_ = adapter.folder.files.items()
     entries = []
     for name, info in file.tensors.items():
         tensor, part = halves.get(name, ("", ""))
         layer = by_tensor.get(tensor)
-        whole = next((tensor for tensor, held in replaced.items() if held is info and tensor in by_tensor), None)
-        if whole is not None:
-            entries.append(_trained_in_full(name, info, before.tensors[whole], by_tensor[whole]))
+        if name in whole:
+            entries.append(_trained_in_full(name, info, before.tensors[whole[name]], by_tensor[whole[name]]))
         elif layer is None:
             entries.append(Entry(name, "copied", "no factor of a layer that is edited", info))
         else:
@@ -390,6 +385,17 @@ def _chosen(
             f"{after.argument}: layer {lacking[0]} is missing ({len(lacking)} in all); the statistics have it"
         )
     return layers
+
+
+def _check_skip(skip: list[str], all_names: Iterable[str], layers: dict[str, tuple[LayerSpec, str]]) -> None:
+    """Raises CheckpointError for a pattern that matches no layer of either side, or where none is left to edit."""
+    for pattern in skip:
+        if not any(_matches(name, [pattern]) for name in all_names):
+            raise CheckpointError(
+                f"--skip: {pattern!r} matches none of {len(layers)} layers, of which the first is {next(iter(layers))}"
+            )
+    if all(_matches(name, skip) for name in layers):
+        raise CheckpointError(f"--skip: {' '.join(skip)} leaves none of {len(layers)} layers to edit")
 
 
 def _is_known(name: str, known: set[str]) -> bool:

@@ -70,7 +70,7 @@ class PublishedScenario:
             enable = getattr(model, "activation_checkpointing_enable", None)  # its name since transformers 5.2x
             (enable or model.gradient_checkpointing_enable)({"use_reentrant": False})
         loaded: torch.nn.Module = model.to(self.options.device)
-        return loaded.eval()
+        return loaded
 
     @property
     def encoder(self) -> Encoder:
