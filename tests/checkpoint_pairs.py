@@ -14,8 +14,16 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import (
+    AriaTextConfig,
+    AriaTextForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
+    GptOssConfig,
+    GptOssForCausalLM,
+    GraniteMoeConfig,
+    GraniteMoeForCausalLM,
+    Llama4ForCausalLM,
+    Llama4TextConfig,
     MixtralConfig,
     MixtralForCausalLM,
     PreTrainedTokenizerFast,
@@ -23,6 +31,8 @@ from transformers import (
     Qwen2MoeForCausalLM,
     Qwen3MoeConfig,
     Qwen3MoeForCausalLM,
+    Qwen3VLMoeConfig,
+    Qwen3VLMoeForConditionalGeneration,
 )
 
 WORDS = (
@@ -92,6 +102,45 @@ def qwen2_moe(seed: int = 0) -> Qwen2MoeForCausalLM:
             num_experts_per_tok=2,
         )
     ).eval()
+
+
+def gpt_oss(seed: int = 0) -> GptOssForCausalLM:
+    """All experts in two tensors, ``[experts, cols, rows]``, with biases, what is gated between what gates it."""
+    torch.manual_seed(seed)
+    config = {"intermediate_size": 12, "head_dim": 8, "num_local_experts": 3, "num_experts_per_tok": 2}
+    return GptOssForCausalLM(GptOssConfig(**SMALL, **config, sliding_window=4)).eval()
+
+
+def llama4(seed: int = 0) -> Llama4ForCausalLM:
+    """All experts in two tensors, ``[experts, cols, rows]``; each is fed all tokens, times their weights."""
+    torch.manual_seed(seed)
+    config = {"intermediate_size": 12, "intermediate_size_mlp": 20, "head_dim": 8, "num_local_experts": 3}
+    return Llama4ForCausalLM(Llama4TextConfig(**SMALL, **config, num_experts_per_tok=2)).eval()
+
+
+def aria(seed: int = 0) -> AriaTextForCausalLM:
+    """All experts in two tensors, ``[experts, cols, rows]``, under other names on disk."""
+    torch.manual_seed(seed)
+    config = {"intermediate_size": 12, "head_dim": 8, "moe_num_experts": 3, "moe_topk": 2, "pad_token_id": 0}
+    return AriaTextForCausalLM(AriaTextConfig(**SMALL, **config, moe_num_shared_experts=1)).eval()
+
+
+def granite_moe(seed: int = 0) -> GraniteMoeForCausalLM:
+    """All experts in two tensors, ``[experts, rows, cols]``, under other names on disk."""
+    torch.manual_seed(seed)
+    config = {"intermediate_size": 12, "num_local_experts": 3, "num_experts_per_tok": 2}
+    return GraniteMoeForCausalLM(GraniteMoeConfig(**SMALL, **config)).eval()
+
+
+def qwen3_vl_moe(seed: int = 0) -> Qwen3VLMoeForConditionalGeneration:
+    """All experts in two tensors, transposed on their way to disk."""
+    torch.manual_seed(seed)
+    text = {"moe_intermediate_size": 12, "intermediate_size": 20, "num_experts": 4, "num_experts_per_tok": 2}
+    text |= {"head_dim": 8, "rope_parameters": {"rope_type": "default", "mrope_section": [2, 1, 1], "rope_theta": 1e4}}
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 16}
+    vision |= {"deepstack_visual_indexes": [0], "num_position_embeddings": 16}
+    config = Qwen3VLMoeConfig(text_config=SMALL | text, vision_config=vision)
+    return Qwen3VLMoeForConditionalGeneration(config).eval()
 
 
 def gemma2(seed: int = 0) -> Gemma2ForCausalLM:

@@ -9,14 +9,30 @@ import shutil
 import warnings
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import peft
 import pytest
 import tiny_models
 import torch
-from checkpoint_pairs import Pair, all_tensors, gemma2, hpa, mixtral, qwen2_moe, qwen3_moe, rewrite, tokenizer, trained
+from checkpoint_pairs import (
+    Pair,
+    all_tensors,
+    aria,
+    gemma2,
+    gpt_oss,
+    granite_moe,
+    hpa,
+    llama4,
+    mixtral,
+    qwen2_moe,
+    qwen3_moe,
+    qwen3_vl_moe,
+    rewrite,
+    tokenizer,
+    trained,
+)
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, CLIPImageProcessor, LlavaProcessor
@@ -26,6 +42,7 @@ from hpa.calibration import CalibrationStream
 from hpa.checkpoint import CalibrationJob, CheckpointError, Folder, Job, Statistics, adapt_checkpoint, plan_job
 from hpa.checkpoint.adapt import check_files
 from hpa.checkpoint.calibrate import calibrate_checkpoint
+from hpa.checkpoint.compare import compare_folders, inspect_folder
 from hpa.checkpoint.files import fingerprint
 from hpa.checkpoint.lazy_model import LazyModel
 from hpa.config import CalibrationConfig
@@ -247,6 +264,273 @@ def test_experts(tmp_path: Path, make: Any, parent: str) -> None:
         torch.testing.assert_close(made[name], expected.weight, rtol=1e-4, atol=1e-6)
         checked += 1
     assert checked >= 6
+
+
+class Stacked(NamedTuple):
+    """How a family's files hold all experts of a block."""
+
+    make: Any
+    module: str
+    first: str
+    last: str
+    transposed: bool
+
+    def matrices(self, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """``[rows, cols]`` of each expert by the layer's name in ``hpa.json``."""
+        found = {}
+        for name, tensor in tensors.items():
+            match = re.fullmatch(rf".*?(layers\.\d+\.{self.module})({self.first}|{self.last})", name)
+            if match is not None:
+                short = "gate_up_proj" if match[2] == self.first else "down_proj"
+                path = match[1] if "experts" in match[1] else match[1] + "experts."
+                for number, matrix in enumerate(tensor):
+                    found[f"{path}{number}.{short}"] = matrix.T if self.transposed else matrix
+        return found
+
+
+STACKED = {
+    "gpt_oss": Stacked(gpt_oss, "mlp.experts.", "gate_up_proj", "down_proj", True),
+    "llama4": Stacked(llama4, "feed_forward.experts.", "gate_up_proj", "down_proj", True),
+    "aria": Stacked(aria, "mlp.experts.", "fc1.weight", "fc2.weight", True),
+    "granite": Stacked(granite_moe, "block_sparse_moe.", "input_linear.weight", "output_linear.weight", False),
+    "qwen3_vl": Stacked(qwen3_vl_moe, "mlp.experts.", "gate_up_proj", "down_proj", False),
+}
+
+
+def experts_by_hand(module: Any, transposed: bool, path: str, seen: dict[str, list[torch.Tensor]]) -> Any:
+    """The forward pass of a module with all experts, matrix by matrix, noting in ``seen`` what each is fed."""
+
+    def forward(
+        hidden: torch.Tensor, chosen: torch.Tensor | None = None, weights: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        number = len(module.gate_up_proj)
+        results = []
+        total = torch.zeros_like(hidden)
+        for expert in range(number):
+            first, last = module.gate_up_proj[expert], module.down_proj[expert]
+            first, last = (first.T, last.T) if transposed else (first, last)
+            rows = hidden.view(number, -1, hidden.shape[-1])[expert] if chosen is None else hidden
+            both = rows @ first.T
+            if type(module).__name__ == "GptOssExperts":
+                both = both + module.gate_up_proj_bias[expert]
+                gate, up = both[:, 0::2].clamp(max=7.0), both[:, 1::2].clamp(-7.0, 7.0)
+                inner = (up + 1) * gate * torch.sigmoid(1.702 * gate)
+            else:
+                gate, up = both[:, : both.shape[1] // 2], both[:, both.shape[1] // 2 :]
+                inner = torch.nn.functional.silu(gate) * up
+            out = inner @ last.T
+            if hasattr(module, "down_proj_bias"):
+                out = out + module.down_proj_bias[expert]
+            if chosen is None:
+                mine = rows.abs().sum(dim=1) > 0
+                results.append(out)
+            else:
+                mine = (chosen == expert).any(dim=1)
+                total += out * (weights * (chosen == expert)).sum(dim=1, keepdim=True)
+            seen.setdefault(f"{path}.{expert}.gate_up_proj", []).append(rows[mine])
+            seen.setdefault(f"{path}.{expert}.down_proj", []).append(inner[mine])
+        return torch.cat(results) if results else total
+
+    return forward
+
+
+@pytest.mark.parametrize("family", STACKED)
+def test_experts_in_one_tensor(tmp_path: Path, family: str) -> None:
+    """Each expert's part of a tensor is edited by itself, with the statistics of the tokens that reach it."""
+    form = STACKED[family]
+    pair = Pair(tmp_path, form.make)
+    result = adapt_checkpoint(job(pair, tmp_path / "out", "hpa", options={"focus_ratio": 1.5}))
+    edits = {edit["name"]: edit for edit in result.edits}
+    before, after, made = (all_tensors(folder) for folder in (pair.before, pair.after, tmp_path / "out"))
+    assert {name: tensor.shape for name, tensor in made.items()} == {name: t.shape for name, t in after.items()}
+    grams: dict[tuple[str, str], np.ndarray] = {}
+    for role, folder in {"safety": pair.before, "task": pair.after}.items():
+        model = auto(folder).from_pretrained(folder)
+        batches = list(Encoder(folder).batches(read_conversations(getattr(pair, role)).conversations))
+        batches = [{key: value for key, value in batch.items() if key != "labels"} for batch in batches]
+        seen: dict[str, list[torch.Tensor]] = {}
+        with torch.no_grad():
+            expected = [model(**batch).logits for batch in batches]
+            for path, module in model.named_modules():
+                if path.endswith(".experts"):
+                    shapes = module.gate_up_proj.shape, module.down_proj.shape
+                    transposed = shapes[0][2] == 2 * shapes[1][1]
+                    module.forward = experts_by_hand(module, transposed, path[path.index("layers.") :], seen)
+            for batch, logits in zip(batches, expected, strict=True):
+                torch.testing.assert_close(model(**batch).logits, logits, rtol=1e-4, atol=1e-6)
+        for key, rows in seen.items():
+            x = torch.cat(rows).double().numpy()
+            grams[role, key] = 2 * x.T @ x / max(len(x), 1)
+    olds, news, mades = form.matrices(before), form.matrices(after), form.matrices(made)
+    assert len(mades) == 2 * 2 * len(next(tensor for name, tensor in made.items() if name.endswith(form.first)))
+    checked = 0
+    for name, matrix in mades.items():
+        if not grams["safety", name].any() or not grams["task", name].any():
+            assert "skipped" in edits[name]
+            assert torch.equal(matrix, news[name])
+            continue
+        diagonals = []
+        for role in ("safety", "task"):
+            gram = grams[role, name]
+            damped = gram + 0.01 * np.mean(np.diag(gram)) * np.eye(len(gram))
+            diagonals.append(torch.from_numpy(np.diag(np.linalg.inv(damped)).copy()))
+        wanted = library.adapt_layer(
+            olds[name].contiguous(),
+            news[name].contiguous(),
+            *diagonals,
+            layer=edits[name]["block"],
+            layers=2,
+            config=library.AdaptConfig(focus_ratio=1.5),
+        )
+        torch.testing.assert_close(matrix, wanted.weight, rtol=1e-4, atol=1e-6)
+        assert [edits[name]["rows"], edits[name]["cols"]] == list(matrix.shape)
+        checked += 1
+    assert checked >= 6
+    for name, tensor in made.items():  # what else is in the file is as the task left it
+        if "router" in name or "bias" in name:
+            assert torch.equal(tensor, after[name])
+    auto(tmp_path / "out").from_pretrained(tmp_path / "out")
+
+
+@pytest.mark.parametrize("family", STACKED)
+def test_experts_are_not_fed_padding(family: str) -> None:
+    """Two samples of unlike length give what each gives alone: matrices, tokens and samples."""
+    model = STACKED[family].make()
+    long, short = torch.tensor([[3, 5, 7, 9, 4]]), torch.tensor([[8, 6, 2]])
+    padded = {
+        "input_ids": torch.cat([long, torch.nn.functional.pad(short, (0, 2), value=1)]),
+        "attention_mask": torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]]),
+    }
+    alone = [{"input_ids": ids, "attention_mask": torch.ones_like(ids)} for ids in (long, short)]
+    config = CalibrationConfig(normalize="none")
+    found = []
+    for batches in ([padded], alone):
+        stream = CalibrationStream(model, batches, want=("gram",), config=config, experts=True)
+        inputs = {seen.input_key: seen for number in stream.numbers for seen in stream.block(number).values()}
+        found.append({key: seen for key, seen in inputs.items() if ".experts." in key})
+    together, apart = found
+    assert together.keys() == apart.keys()
+    assert len(together) == 2 * 2 * (4 if family == "qwen3_vl" else 3)
+    for key, seen in together.items():
+        assert (seen.tokens, seen.samples) == (apart[key].tokens, apart[key].samples), key
+        if seen.tokens:
+            torch.testing.assert_close(seen.gram.tril(), apart[key].gram.tril(), rtol=1e-4, atol=1e-6)
+    firsts = [seen.tokens for key, seen in together.items() if key.endswith(".in")]
+    assert sum(firsts) == 2 * 2 * (5 + 3)  # two blocks, two experts a token
+
+
+@pytest.mark.parametrize("family", STACKED)
+def test_experts_in_one_tensor_are_read_block_by_block(tmp_path: Path, family: str) -> None:
+    """Whichever way round the file has them: published files of Qwen3-VL are transposed, and turned when loaded."""
+    pair = Pair(tmp_path, STACKED[family].make)
+    if family == "qwen3_vl":
+        turned = STACKED[family]._replace(transposed=True)
+        rewrite(
+            pair.before,
+            lambda tensors: {
+                name: tensor.transpose(1, 2).contiguous() if tensor.ndim == 3 and "experts" in name else tensor
+                for name, tensor in tensors.items()
+            },
+        )
+        first = {name: matrix.shape for name, matrix in turned.matrices(all_tensors(pair.before)).items()}
+        plan = plan_job(Job(pair.before, pair.after, tmp_path / "out", create_method("magnitude")))
+        merged = {entry.layer.name: entry for entry in plan.entries if entry.expert is not None}
+        assert {name: entry.before.shape for name, entry in merged.items()} == first
+        assert all(entry.before.transposed and not entry.source.transposed for entry in merged.values())
+        adapt_checkpoint(Job(pair.before, pair.after, tmp_path / "out", create_method("wise_ft", alpha=0.5)))
+        olds, news = (all_tensors(folder) for folder in (pair.before, pair.after))
+        mades = STACKED[family].matrices(all_tensors(tmp_path / "out"))
+        for name, old in turned.matrices(olds).items():
+            middle = (old + STACKED[family].matrices(news)[name]) / 2
+            torch.testing.assert_close(mades[name], middle, rtol=1e-6, atol=1e-8)
+    lazy = LazyModel(Folder(pair.before, "MODEL"))
+    whole = auto(pair.before).from_pretrained(pair.before)
+    assert lazy.streamed
+    ids = torch.tensor([[3, 5, 7, 9, 4], [8, 8, 1, 2, 6]])
+    with torch.no_grad():
+        assert torch.equal(lazy.model(input_ids=ids).logits, whole(input_ids=ids).logits)
+
+
+def test_some_experts_of_a_tensor_are_left_out(tmp_path: Path) -> None:
+    pair = Pair(tmp_path, gpt_oss)
+    form = STACKED["gpt_oss"]
+    adapt_checkpoint(Job(pair.before, pair.after, tmp_path / "all", create_method("wise_ft", alpha=0.5)))
+    skip = ("layers.0.mlp.experts.1.*", "layers.1.mlp.experts.*")
+    some = Job(pair.before, pair.after, tmp_path / "some", create_method("wise_ft", alpha=0.5), skip=skip)
+    fates = {(entry.name, entry.expert): entry for entry in plan_job(some).entries}
+    assert fates["model.layers.0.mlp.experts.down_proj", 1].reason == "left out as asked"
+    assert fates["model.layers.1.mlp.experts.down_proj", None].reason == "left out as asked"
+    adapt_checkpoint(some)
+    after, whole, made = (
+        form.matrices(all_tensors(path)) for path in (pair.after, tmp_path / "all", tmp_path / "some")
+    )
+    for name, matrix in made.items():
+        left = "experts.1." in name or name.startswith("layers.1.")
+        assert torch.equal(matrix, (after if left else whole)[name]), name
+        assert not torch.equal(after[name], whole[name])
+
+
+@pytest.mark.parametrize("stop", [1, 2, 3, 5, 8])
+def test_a_job_goes_on_within_a_tensor_of_experts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stop: int) -> None:
+    pair = Pair(tmp_path, gpt_oss, shards="1GB")
+    adapt_checkpoint(Job(pair.before, pair.after, tmp_path / "at once", create_method("magnitude")))
+    monkeypatch.setattr("hpa.checkpoint.merge.NOTE_EVERY", 1)
+    method = create_method("magnitude")
+    edit_layer, edited = method.edit_layer, 0
+
+    def stopping(*args: Any, **kwargs: Any) -> Any:
+        nonlocal edited
+        if ".experts." in args[0].name:
+            edited += 1
+        if edited > stop:
+            raise KeyboardInterrupt
+        return edit_layer(*args, **kwargs)
+
+    monkeypatch.setattr(method, "edit_layer", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        adapt_checkpoint(Job(pair.before, pair.after, tmp_path / "out", method))
+    adapt_checkpoint(Job(pair.before, pair.after, tmp_path / "out", create_method("magnitude")))
+    first, second = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("at once", "out"))
+    assert first == second
+
+
+@pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")
+def test_experts_that_an_adapter_trained_in_full(tmp_path: Path) -> None:
+    pair = Pair(tmp_path, gpt_oss)
+    base = AutoModelForCausalLM.from_pretrained(pair.before)
+    model = peft.get_peft_model(base, peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["experts"]))
+    trained(model)
+    model.save_pretrained(tmp_path / "adapter")
+    held = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    prefix = "base_model.model."
+    inside = {name.removeprefix(prefix): tensor for name, tensor in held.items() if "experts" in name}
+    assert len(inside) == 2 * 4
+    form, old = STACKED["gpt_oss"], STACKED["gpt_oss"].matrices(all_tensors(pair.before))
+    for save_as in ("full", "lora"):
+        out = tmp_path / save_as
+        adapt_checkpoint(
+            Job(pair.before, tmp_path / "adapter", out, create_method("wise_ft", alpha=0.5), save_as=save_as)
+        )
+        made = {name.removeprefix(prefix): tensor for name, tensor in all_tensors(out).items()}
+        for name, matrix in form.matrices(made).items():
+            torch.testing.assert_close(matrix, (old[name] + form.matrices(inside)[name]) / 2, rtol=1e-6, atol=1e-8)
+        for name, tensor in inside.items():
+            if name.endswith("bias"):
+                assert torch.equal(made[name], tensor)
+
+
+def test_experts_in_one_tensor_are_shown(tmp_path: Path) -> None:
+    pair = Pair(tmp_path, gpt_oss)
+    assert "layers.1.mlp.experts.2.gate_up_proj" in hpa("inspect", pair.before, "--all").stdout
+    assert inspect_folder(pair.before).layers["layers.1.mlp.experts.2.down_proj"] == (16, 12)
+    change = all_tensors(pair.before)
+    change["model.layers.1.mlp.experts.gate_up_proj"][2, 3] += 1.0  # one column of one expert
+    rewrite(pair.after, lambda _: change)
+    differences = {d.layer: d for d in compare_folders(pair.before, pair.after) if d.change_norm}
+    assert list(differences) == ["layers.1.mlp.experts.2.gate_up_proj"]
+    (difference,) = differences.values()
+    assert (difference.columns_equal, difference.cols) == (15, 16)
+    assert abs(difference.change_norm - 24**0.5) < 1e-5
 
 
 def test_shared_expert_is_edited_and_its_gate_is_not(tmp_path: Path) -> None:

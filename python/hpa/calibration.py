@@ -43,6 +43,7 @@ __all__ = [
     "LayerSpec",
     "adapters_off",
     "calibrate",
+    "experts_transposed",
     "find_layers",
     "linear_of",
     "unwrap",
@@ -578,29 +579,41 @@ class _Collector:
 
     def _experts_hook(self, name: str) -> Callable[..., None]:
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            hidden, chosen = (*args, *kwargs.values())[:2]
-            self._see_experts(name, cast(Any, module), hidden.reshape(-1, hidden.shape[-1]), chosen)
+            given = (*args, *kwargs.values())
+            hidden = given[0].reshape(-1, given[0].shape[-1])
+            experts = cast(Any, module).gate_up_proj.shape[0]
+            if len(given) > 1:
+                chosen = given[1].reshape(len(hidden), -1)
+                rows = ((hidden, (chosen == expert).any(dim=1)) for expert in range(experts))
+            else:
+                # Llama 4: all tokens once an expert, times the router's weight, which is 0 for the experts not chosen.
+                each = hidden.reshape(experts, -1, hidden.shape[-1])
+                rows = ((each[expert], (each[expert] != 0).any(dim=1)) for expert in range(experts))
+            self._see_experts(name, cast(Any, module), rows)
 
         return see
 
-    def _see_experts(self, name: str, module: Any, hidden: Tensor, chosen: Tensor) -> None:
-        """Each expert is fed the tokens that the router sends to it; what its last matrix is fed is computed here."""
+    def _see_experts(self, name: str, module: Any, experts: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """Each expert is fed the tokens that the router sends to it; what its last matrix is fed is computed here.
+
+        ``experts``: for each the hidden states of all tokens, as it is fed them, and which of them it gets.
+        """
         assert self._batch is not None
-        counted = torch.ones(hidden.shape[0], dtype=torch.bool, device=hidden.device)
-        if self._batch.mask is not None:
-            counted = self._batch.mask.reshape(-1).to(hidden.device)
-        chosen = chosen.reshape(hidden.shape[0], -1)
-        sequences = self._batch.shape[0] if self._batch.shape is not None else 1
-        samples = torch.arange(hidden.shape[0], device=hidden.device) // max(1, hidden.shape[0] // sequences)
-        for expert in range(module.gate_up_proj.shape[0]):
-            mine = (chosen == expert).any(dim=1) & counted
+        transposed = experts_transposed(module.gate_up_proj.shape, module.down_proj.shape)
+        bias = getattr(module, "gate_up_proj_bias", None)
+        for expert, (hidden, chosen) in enumerate(experts):
+            mine = chosen if self._batch.mask is None else chosen & self._batch.mask.reshape(-1).to(hidden.device)
+            sequences = self._batch.shape[0] if self._batch.shape is not None else 1
+            samples = torch.arange(len(hidden), device=hidden.device) // max(1, len(hidden) // sequences)
             rows = hidden[mine]
             seen = len(samples[mine].unique())
             self._sum_of(f"{name}.{expert}.in", hidden).add(rows, seen)
-            width = module.down_proj.shape[2]
-            inner = hidden.new_zeros(0, width)
+            inner = hidden.new_zeros(0, module.down_proj.shape[1 if transposed else 2])
             if len(rows):
-                both = nn.functional.linear(rows, module.gate_up_proj[expert])
+                weight = module.gate_up_proj[expert]
+                both = nn.functional.linear(
+                    rows, weight.T if transposed else weight, None if bias is None else bias[expert]
+                )
                 if hasattr(module, "_apply_gate"):
                     inner = module._apply_gate(both)
                 else:
@@ -765,17 +778,32 @@ class Exchange(Protocol):
         """All processes' entries together, at least in process 0."""
 
 
+def experts_transposed(gate_up: Sequence[int], down: Sequence[int]) -> bool | None:
+    """How two tensors hold the matrices of all experts, told by their shapes.
+
+    Args:
+        gate_up: shape of the tensor whose matrices make what is gated and what gates it.
+        down: shape of the tensor whose matrices come after.
+
+    Returns:
+        ``False`` for ``[experts, 2 inner, cols]`` and ``[experts, cols, inner]``, ``True`` for
+        ``[experts, cols, 2 inner]`` and ``[experts, inner, cols]``, ``None`` for anything else.
+    """
+    if len(gate_up) != 3 or len(down) != 3 or gate_up[0] != down[0] or 0 in (*gate_up, *down):
+        return None
+    if gate_up[1] == 2 * down[2] and gate_up[2] == down[1]:
+        return False
+    return True if gate_up[2] == 2 * down[1] and gate_up[1] == down[2] else None
+
+
 def _fused_experts(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules that hold all experts in two tensors, ``gate_up_proj [experts, 2 inner, cols]`` and
-    ``down_proj [experts, cols, inner]``."""
+    """Modules that hold all experts in two tensors, ``gate_up_proj`` and ``down_proj``."""
     for name, module in block.named_modules():
         first, last = (getattr(module, key, None) for key in ("gate_up_proj", "down_proj"))
         if (
             isinstance(first, Tensor)
             and isinstance(last, Tensor)
-            and first.ndim == last.ndim == 3
-            and first.shape[1] == 2 * last.shape[2]
-            and first.shape[2] == last.shape[1]
+            and experts_transposed(first.shape, last.shape) is not None
         ):
             yield name, module
 

@@ -23,7 +23,6 @@ from typing import Any, Literal, Protocol
 import torch
 
 import hpa_ext
-from hpa.calibration import LayerSpec
 from hpa.checkpoint.adapter import Adapter
 from hpa.checkpoint.buffers import Buffers
 from hpa.checkpoint.calibrate import CalibrationJob, calibrate_checkpoint
@@ -32,7 +31,7 @@ from hpa.checkpoint.claims import ClaimLostError, Claims
 from hpa.checkpoint.files import INDEX_FILE, CheckpointError, Folder, read_tensor
 from hpa.checkpoint.memory import Memory, write_memory
 from hpa.checkpoint.merge import Editor, ShardResult, write_shard
-from hpa.checkpoint.plan import Plan, Shard, decoder_of, make_plan, model_fingerprint, model_layers
+from hpa.checkpoint.plan import Matrix, Plan, Shard, decoder_of, make_plan, model_fingerprint, model_layers
 from hpa.checkpoint.statistics import Statistics
 from hpa.checkpoint.stream import PIECE, Room, hash_file
 from hpa.config import CalibrationConfig
@@ -627,15 +626,16 @@ def _earlier(path: Path, before: Folder) -> Callable[[str], torch.Tensor | LowRa
         return _layer_reader(folder)
     adapter = Adapter.of(folder)
     factors, replaced = adapter.factors_on(before.tensors), adapter.replaced_on(before.tensors)
-    tensors = {canonical: tensor for canonical, (_, tensor) in _all_layers(before).items()}
+    layers = _all_layers(before)
 
     def read(layer: str) -> torch.Tensor | LowRankUpdate:
-        tensor = tensors[layer]
+        matrix = layers[layer]
+        tensor = matrix.info.name
         if tensor in replaced:
-            return read_tensor(replaced[tensor])
+            return read_tensor(matrix.within(replaced[tensor]))
         if tensor in factors:
             return factors[tensor].read()
-        rows, cols = before.tensors[tensor].shape
+        rows, cols = matrix.info.shape
         return LowRankUpdate(torch.empty(0, cols), torch.empty(rows, 0))
 
     return read
@@ -647,12 +647,12 @@ def _layer_reader(folder: Folder) -> Callable[[str], torch.Tensor]:
     def read(layer: str) -> torch.Tensor:
         if layer not in layers:
             raise CheckpointError(f"{folder.argument}: {folder.path} has no layer {layer}")
-        return read_tensor(folder.tensors[layers[layer][1]])
+        return read_tensor(layers[layer].info)
 
     return read
 
 
-def _all_layers(folder: Folder) -> dict[str, tuple[LayerSpec, str]]:
+def _all_layers(folder: Folder) -> dict[str, Matrix]:
     return model_layers(folder, decoder_of(folder), include_projector=True)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 import hpa_ext
 from hpa.checkpoint.adapter import Adapter, Factors
 from hpa.checkpoint.files import CheckpointError, Folder, TensorInfo, read_tensor
-from hpa.checkpoint.plan import decoder_of, model_layers
+from hpa.checkpoint.plan import Matrix, decoder_of, model_layers
 from hpa.layers import add_update
 
 __all__ = ["Difference", "Contents", "compare_folders", "inspect_folder"]
@@ -79,7 +79,7 @@ def inspect_folder(path: Path) -> Contents:
         return Contents("adapter", facts, {name: pair.shape for name, pair in adapter.factors.items()})
     decoder = decoder_of(folder)
     layers = model_layers(folder, decoder)
-    chosen = {tensor for _, tensor in layers.values()}
+    chosen = {matrix.info.name for matrix in layers.values()}
     left = Counter(
         "in the decoder" if decoder.canonical(name) else "outside the decoder"
         for name in folder.tensors
@@ -90,9 +90,7 @@ def inspect_folder(path: Path) -> Contents:
         "decoder": f"{decoder.path}, {decoder.blocks} blocks",
         "layers": f"{len(layers)} linear layers in the decoder",
     }
-    return Contents(
-        "model", facts, {name: folder.tensors[tensor].shape for name, (_, tensor) in layers.items()}, dict(left)
-    )
+    return Contents("model", facts, {name: matrix.info.shape for name, matrix in layers.items()}, dict(left))
 
 
 def compare_folders(first: Path, second: Path) -> list[Difference]:
@@ -113,27 +111,41 @@ def compare_folders(first: Path, second: Path) -> list[Difference]:
         base = a
     decoders = [decoder_of(folder) for folder in (a, base)]
     places = {decoders[0].place(name): name for name in a.tensors}
+    old = model_layers(a, decoders[0])
+    experts: dict[str, list[Matrix]] = {}
+    for matrix in model_layers(base, decoders[1]).values():
+        if matrix.expert is not None and matrix.layer.name in old:
+            experts.setdefault(matrix.info.name, []).append(matrix)
     found: list[Difference] = []
     for name, stored in base.tensors.items():
         info = replaced.get(name, stored)
+        if name in experts:
+            for matrix in experts[name]:
+                layer, weight, part = matrix.layer.name, old[matrix.layer.name].info, matrix.within(info)
+                places.pop(decoders[0].place(weight.name), None)
+                found.append(_compared(name, layer, weight, part))
+            continue
         place = decoders[1].place(name)
         other = places.pop(place, None)
         layer = place.removesuffix(".weight") if decoders[1].canonical(name) and len(info.shape) == 2 else ""
         if other is None:
             found.append(Difference(name, layer, note="only in B"))
-        elif a.tensors[other].shape != info.shape:
-            found.append(Difference(name, layer, note=f"{list(a.tensors[other].shape)} in A, {list(info.shape)} in B"))
-        elif not info.is_floating or not a.tensors[other].is_floating:
-            same = torch.equal(read_tensor(a.tensors[other]), read_tensor(info))
-            found.append(Difference(name, layer, note="" if same else "other values"))
-        else:
+        elif name in factors and a.tensors[other].shape == info.shape and info.is_floating:
             before = read_tensor(a.tensors[other])
-            if name in factors:
-                after = add_update(before, factors[name].read(), torch.float32)
-            else:
-                after = before if b.is_adapter and name not in replaced else read_tensor(info)
-            found.append(_difference(name, layer, before, after))
+            found.append(_difference(name, layer, before, add_update(before, factors[name].read(), torch.float32)))
+        else:
+            found.append(_compared(name, layer, a.tensors[other], info))
     return found + [Difference(name, note="only in A") for name in places.values()]
+
+
+def _compared(name: str, layer: str, before: TensorInfo, after: TensorInfo) -> Difference:
+    if before.shape != after.shape:
+        return Difference(name, layer, note=f"{list(before.shape)} in A, {list(after.shape)} in B")
+    first = read_tensor(before)
+    second = first if before == after else read_tensor(after)
+    if before.is_floating and after.is_floating:
+        return _difference(name, layer, first, second)
+    return Difference(name, layer, note="" if torch.equal(first, second) else "other values")
 
 
 def _difference(name: str, layer: str, before: Tensor, after: Tensor) -> Difference:

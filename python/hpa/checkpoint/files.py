@@ -70,7 +70,7 @@ class CheckpointError(ValueError):
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """One tensor of a file: where it is and what it is, without its values."""
+    """One tensor of a file, or one expert's matrix in it: where it is and what it is, without its values."""
 
     name: str
     dtype: str  # as the format writes it: BF16, F32 ...
@@ -78,6 +78,7 @@ class TensorInfo:
     path: Path
     offset: int  # of the first byte, from the beginning of the file
     size: int  # bytes
+    transposed: bool = False  # a matrix [rows, cols] whose bytes are those of [cols, rows]
 
     @property
     def is_floating(self) -> bool:
@@ -87,6 +88,13 @@ class TensorInfo:
         """Some of the numbers of a vector."""
         width = DTYPES[self.dtype].itemsize
         return replace(self, shape=(last - first,), offset=self.offset + first * width, size=(last - first) * width)
+
+    def expert(self, number: int, transposed: bool) -> TensorInfo:
+        """The matrix of one expert, of a tensor ``[experts, rows, cols]`` or (transposed) ``[experts, cols, rows]``."""
+        experts, *sides = self.shape
+        size = self.size // experts
+        shape = tuple(reversed(sides)) if transposed else tuple(sides)
+        return replace(self, shape=shape, offset=self.offset + number * size, size=size, transposed=transposed)
 
 
 @dataclass(frozen=True)
@@ -169,11 +177,12 @@ def read_tensor(info: TensorInfo, buffers: Buffers | None = None) -> Tensor:
         CheckpointError: the file became shorter since its header was read.
     """
     dtype = DTYPES[info.dtype]
-    tensor = torch.empty(info.shape, dtype=dtype) if buffers is None else buffers.empty(info.shape, dtype)
+    shape = info.shape[::-1] if info.transposed else info.shape
+    tensor = torch.empty(shape, dtype=dtype) if buffers is None else buffers.empty(shape, dtype)
     if info.size:
         with open(info.path, "rb", buffering=0) as file:
             read_bytes(file.fileno(), info.offset, tensor_bytes(tensor), info.path)
-    return tensor
+    return tensor.T.contiguous() if info.transposed else tensor
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

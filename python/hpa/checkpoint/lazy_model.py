@@ -12,6 +12,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from hpa.calibration import unwrap
 from hpa.checkpoint.adapter import Adapter
 from hpa.checkpoint.files import DTYPES, CheckpointError, Folder, read_tensor
-from hpa.checkpoint.names import Decoder, find_decoder, reduced
+from hpa.checkpoint.names import Decoder, find_decoder, find_experts, reduced
 from hpa.checkpoint.plan import decoder_of
 from hpa.data.quiet import quiet
 from hpa.layers import add_update
@@ -136,12 +137,20 @@ class LazyModel:
     def _matched(self) -> dict[str, Callable[[], Tensor]] | None:
         """For each parameter what reads it; ``None`` where some have no counterpart on disk."""
         by_canonical = {self._disk.canonical(name) or reduced(name): name for name in self._folder.tensors}
+        # Granite's files have a module more around the router.
+        by_canonical = {
+            key.replace(".router.layer.", ".router."): name for key, name in by_canonical.items()
+        } | by_canonical
         experts = _experts_alias(self._folder, self._disk)
+        stacked = self._stacked_experts()
         found: dict[str, Callable[[], Tensor]] = {}
         tied = set(getattr(self.model, "_tied_weights_keys", None) or ())
         head = getattr(self.model, "get_output_embeddings", lambda: None)()
         for full, parameter in self.model.named_parameters(remove_duplicate=False):
             canonical = self.decoder.canonical(full) or reduced(full)
+            if full in stacked:
+                found[full] = stacked[full]
+                continue
             name = by_canonical.get(canonical) or by_canonical.get(experts(canonical))
             if name is not None and tuple(self._folder.tensors[name].shape) == tuple(parameter.shape):
                 found[full] = self._reader(name)
@@ -158,6 +167,30 @@ class LazyModel:
             else:
                 return None
         return found
+
+    def _stacked_experts(self) -> dict[str, Callable[[], Tensor]]:
+        """What reads the parameters that hold all experts of a block, where the files hold them like that too, under
+        another name or with matrices transposed."""
+        parameters = {name: tuple(parameter.shape) for name, parameter in self.model.named_parameters()}
+        tensors = {name: info.shape for name, info in self._folder.tensors.items()}
+        on_disk = {
+            self._disk.block(held.path): held for held in find_experts(tensors, self._disk).values()
+        }  # transformers knows one list of experts a block
+        found: dict[str, Callable[[], Tensor]] = {}
+        for full, wanted in find_experts(parameters, self.decoder).items():
+            held = on_disk.get(self.decoder.block(wanted.path))
+            if held is None:
+                continue
+            name = held.gate_up if full == wanted.gate_up else held.down
+            swap = held.transposed != wanted.transposed
+            shape = tensors[name]
+            if ((shape[0], shape[2], shape[1]) if swap else shape) == parameters[full]:
+                found[full] = partial(self._read_stacked, name, swap)
+        return found
+
+    def _read_stacked(self, name: str, swap: bool) -> Tensor:
+        tensor = self._read(name)
+        return tensor.transpose(1, 2).contiguous() if swap else tensor
 
     def _fused(
         self, canonical: str, parameter: Tensor, by_canonical: dict[str, str], experts: Callable[[str], str]

@@ -157,9 +157,7 @@ def write_shard(
         CheckpointError, OSError: named tensor or file; the notes stand, and the same call goes on from them.
         ClaimLostError: by the function, where another worker has taken over.
     """
-    header = encode_header(
-        {entry.name: (entry.source.dtype, entry.source.shape) for entry in shard.entries}, shard.metadata
-    )
+    header = encode_header(shard.tensors, shard.metadata)
     part, note = folder / f"{shard.name}.part", notes / f"{shard.name}.json"
     start, first, edits = _resume(part, note)
     out = HashedFile(part, start=start, room=Room(budget) if room is None else room)
@@ -262,6 +260,8 @@ def _result(
     if edit.skipped is not None:
         _check_finite(entry, weight)
     rows, cols = weight.shape
+    if entry.source.transposed:
+        weight = weight.T
     return weight, {"name": entry.layer.name, "block": entry.layer.block, "rows": rows, "cols": cols, **edit.numbers}
 
 

@@ -13,10 +13,20 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from hpa.calibration import PROJECTOR_NAMES
+from hpa.calibration import PROJECTOR_NAMES, experts_transposed
 from hpa.checkpoint.files import CheckpointError
 
-__all__ = ["Decoder", "expert_input", "find_decoder", "is_projector", "is_router", "projector_name", "reduced"]
+__all__ = [
+    "Decoder",
+    "Experts",
+    "expert_input",
+    "find_decoder",
+    "find_experts",
+    "is_projector",
+    "is_router",
+    "projector_name",
+    "reduced",
+]
 
 _BLOCK = re.compile(r"^(?P<prefix>|.*?\.)(?P<list>layers|h|blocks|block|layer)\.(?P<number>\d+)\.(?P<rest>.+)$")
 _OTHER_TOWERS = (
@@ -38,9 +48,16 @@ _OTHER_TOWERS = (
 )
 # The module around the experts is called mlp, block_sparse_moe ... by turns, and has no part in a canonical name.
 _EXPERT = re.compile(
-    r"^(?P<block>layers\.\d+)\.(?:.+\.)?experts\.(?P<number>\d+)\.(?P<matrix>w1|w2|w3|gate_proj|up_proj|down_proj|in|out)$"
+    r"^(?P<block>layers\.\d+)\.(?:.+\.)?experts\.(?P<number>\d+)\."
+    r"(?P<matrix>w1|w2|w3|gate_proj|up_proj|gate_up_proj|down_proj|in|out)$"
 )
-_ROUTERS = ("gate", "router", "router.layer", "router.classifier", "shared_expert_gate")
+# Two tensors that hold all experts of a block: the module around them, and which of the two a name is.
+_EXPERTS = re.compile(
+    r"^layers\.\d+\.(?:(?:.+\.)?experts\.(?P<half>gate_up_proj|down_proj|fc1|fc2)"
+    r"|block_sparse_moe\.(?P<granite>input_linear|output_linear))(?:\.weight)?$"
+)
+_FIRST = ("gate_up_proj", "fc1", "input_linear")
+_ROUTERS = ("gate", "shared_expert_gate")
 
 
 @dataclass(frozen=True)
@@ -126,8 +143,7 @@ def reduced(name: str) -> str:
 
 def is_router(canonical: str) -> bool:
     """Whether a layer chooses experts; routers are left as the task made them."""
-    rest = canonical.split(".", 3)[-1]
-    return rest in _ROUTERS or rest.rpartition(".")[2] == "router"
+    return "router" in canonical.split(".") or canonical.split(".", 3)[-1] in _ROUTERS
 
 
 def expert_input(canonical: str) -> str | None:
@@ -141,6 +157,56 @@ def expert_input(canonical: str) -> str | None:
         return None
     side = "out" if match["matrix"] in ("w2", "down_proj", "out") else "in"
     return f"{match['block']}.experts.{match['number']}.{side}"
+
+
+@dataclass(frozen=True)
+class Experts:
+    """All experts of one decoder block, where two tensors hold them.
+
+    Attributes:
+        path: canonical path of the module, ``layers.0.mlp.experts``.
+        gate_up: name of the tensor of all first matrices.
+        down: name of the tensor of all last ones.
+        number: of experts.
+        transposed: whether matrices are ``[cols, rows]``, as :func:`hpa.calibration.experts_transposed` says.
+    """
+
+    path: str
+    gate_up: str
+    down: str
+    number: int
+    transposed: bool
+
+    def layers(self, name: str) -> list[str]:
+        """Canonical names of the matrices of tensor ``name``, by their experts' numbers."""
+        last = "gate_up_proj" if name == self.gate_up else "down_proj"
+        return [f"{self.path}.{number}.{last}" for number in range(self.number)]
+
+
+def find_experts(shapes: Mapping[str, tuple[int, ...]], decoder: Decoder) -> dict[str, Experts]:
+    """What stands in two tensors a block, by the name of either tensor.
+
+    Args:
+        shapes: of tensors or parameters, by name.
+        decoder: where the blocks are.
+    """
+    pairs: dict[str, dict[str, str]] = {}
+    for name in shapes:
+        canonical = decoder.canonical(name) or ""
+        match = _EXPERTS.match(canonical)
+        if match is not None:
+            half = match["half"] or match["granite"]
+            path = canonical.removesuffix(".weight").removesuffix(half)
+            path = path + "experts" if match["granite"] else path.removesuffix(".")
+            pairs.setdefault(path, {})["first" if half in _FIRST else "last"] = name
+    found: dict[str, Experts] = {}
+    for path, pair in pairs.items():
+        if len(pair) == 2:
+            first, last = pair["first"], pair["last"]
+            transposed = experts_transposed(shapes[first], shapes[last])
+            if transposed is not None:
+                found[first] = found[last] = Experts(path, first, last, shapes[first][0], transposed)
+    return found
 
 
 def _without(name: str, wrappers: tuple[str, ...]) -> str:

@@ -6,25 +6,53 @@ import fnmatch
 import json
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from typing import Literal
 
 from hpa.calibration import LayerSpec
 from hpa.checkpoint.adapter import Adapter, Factors, match_names
 from hpa.checkpoint.files import CheckpointError, Folder, TensorInfo, fingerprint
-from hpa.checkpoint.names import Decoder, expert_input, find_decoder, is_projector, is_router, projector_name
+from hpa.checkpoint.names import (
+    Decoder,
+    expert_input,
+    find_decoder,
+    find_experts,
+    is_projector,
+    is_router,
+    projector_name,
+)
 from hpa.methods import Method
 
-__all__ = ["Entry", "Plan", "Shard", "decoder_of", "make_plan", "model_fingerprint", "model_layers"]
+__all__ = ["Entry", "Matrix", "Plan", "Shard", "decoder_of", "make_plan", "model_fingerprint", "model_layers"]
 
 Fate = Literal["merged", "copied", "skipped"]
+LEFT_OUT = "left out as asked"
 _QUANTISED = ("qweight", "qzeros", "weight_scale", "weight_packed", "absmax", "SCB", "weight_scale_inv")
 
 
 @dataclass(frozen=True)
+class Matrix:
+    """A linear layer of a model, and where its weight is.
+
+    Attributes:
+        layer: which one it is.
+        info: of its weight, ``[rows, cols]``: a tensor, or one expert's part of one.
+        expert: number of that expert.
+    """
+
+    layer: LayerSpec
+    info: TensorInfo
+    expert: int | None = None
+
+    def within(self, tensor: TensorInfo) -> TensorInfo:
+        """This layer's weight in another tensor of the same form."""
+        return tensor if self.expert is None else tensor.expert(self.expert, self.info.transposed)
+
+
+@dataclass(frozen=True)
 class Entry:
-    """One tensor of the output (or, where skipped, of an input).
+    """One tensor of the output (or, where skipped, of an input), or one expert's part of it.
 
     Attributes:
         name: of the tensor.
@@ -34,6 +62,8 @@ class Entry:
         factors: the adapter's update of it.
         layer: which layer it is, where merged.
         part: "A" or "B" where the output is an adapter.
+        expert: number of the expert, where the tensor holds all of a block; their entries follow each other.
+        whole: shape of the tensor, where it does.
     """
 
     name: str
@@ -44,11 +74,19 @@ class Entry:
     factors: Factors | None = None
     layer: LayerSpec | None = None
     part: str = ""
+    expert: int | None = None
+    whole: tuple[int, ...] | None = None
+
+    @property
+    def read(self) -> int:
+        """Bytes read for it."""
+        return self.source.size + (self.before.size if self.before is not None else 0)
 
     @property
     def held(self) -> int:
-        """Bytes read for it."""
-        return self.source.size + (self.before.size if self.before is not None else 0)
+        """Bytes in memory for it; a transposed matrix is there twice, as it came and as it is used."""
+        infos = [info for info in (self.source, self.before) if info is not None]
+        return sum(2 * info.size if info.transposed else info.size for info in infos)
 
 
 @dataclass(frozen=True)
@@ -58,6 +96,11 @@ class Shard:
     name: str
     entries: list[Entry]
     metadata: dict[str, str]
+
+    @property
+    def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Dtype and shape of each tensor, in their order."""
+        return {entry.name: (entry.source.dtype, entry.whole or entry.source.shape) for entry in self.entries}
 
 
 @dataclass(frozen=True)
@@ -79,7 +122,7 @@ class Plan:
 
     @property
     def read_size(self) -> int:
-        return sum(entry.held for entry in self.entries)
+        return sum(entry.read for entry in self.entries)
 
     @property
     def largest(self) -> int:
@@ -101,29 +144,32 @@ def decoder_of(folder: Folder) -> Decoder:
     return find_decoder({name: math.prod(info.shape) for name, info in folder.tensors.items()}, folder.argument)
 
 
-def model_layers(
-    folder: Folder, decoder: Decoder, *, include_projector: bool = False
-) -> dict[str, tuple[LayerSpec, str]]:
-    """The layers to edit, by canonical name, with the tensor that holds each.
+def model_layers(folder: Folder, decoder: Decoder, *, include_projector: bool = False) -> dict[str, Matrix]:
+    """The layers to edit, by canonical name, with the weight of each.
 
     Args:
         folder: the model.
         decoder: of :func:`decoder_of`.
         include_projector: also the linear layers between vision tower and decoder, as block 0.
     """
-    found: dict[str, tuple[LayerSpec, str]] = {}
+    found: dict[str, Matrix] = {}
+    experts = find_experts({name: info.shape for name, info in folder.tensors.items()}, decoder)
     for name, info in folder.tensors.items():
-        if len(info.shape) != 2 or not name.endswith(".weight"):
-            continue
         path = name.removesuffix(".weight")
         canonical = decoder.canonical(path)
-        if canonical is not None:
+        if name in experts:
+            for number, layer in enumerate(experts[name].layers(name)):
+                part = info.expert(number, experts[name].transposed)
+                found[layer] = Matrix(LayerSpec(layer, decoder.block(layer), decoder.blocks), part, number)
+        elif len(info.shape) != 2 or path == name:
+            continue
+        elif canonical is not None:
             if is_router(canonical) or canonical.endswith("relative_attention_bias") or "embed" in canonical:
                 continue
-            found[canonical] = (LayerSpec(canonical, decoder.block(canonical), decoder.blocks), name)
+            found[canonical] = Matrix(LayerSpec(canonical, decoder.block(canonical), decoder.blocks), info)
         elif include_projector and is_projector(path):
-            canonical = projector_name(path)
-            found[canonical] = (LayerSpec(canonical, 0, decoder.blocks), name)
+            layer = projector_name(path)
+            found[layer] = Matrix(LayerSpec(layer, 0, decoder.blocks), info)
     return found
 
 
@@ -181,63 +227,100 @@ def make_plan(
         }
         _check_skip(skip, all_names, layers)
     old = model_layers(before, before_decoder, include_projector=include_projector)
-    for canonical, (_, name) in old.items():
+    for canonical, matrix in old.items():
         if canonical not in layers and not _matches(canonical, skip):
-            raise CheckpointError(f"{after.argument}: layer {canonical} is missing; BEFORE has it as {name}")
-    for canonical, (_, name) in layers.items():
+            raise CheckpointError(
+                f"{after.argument}: layer {canonical} is missing; BEFORE has it as {matrix.info.name}"
+            )
+    for canonical, matrix in layers.items():
         if canonical not in old:
-            raise CheckpointError(f"{before.argument}: layer {canonical} is missing; AFTER has it as {name}")
-    by_tensor = {name: layer for layer, name in layers.values() if not _matches(layer.name, skip)}
-    left_out = {name for layer, name in layers.values() if _matches(layer.name, skip)}
+            raise CheckpointError(
+                f"{before.argument}: layer {canonical} is missing; AFTER has it as {matrix.info.name}"
+            )
+    choice = _Choice(layers, {name for name in layers if _matches(name, skip)})
     if adapter is not None:
-        return _plan_adapter(before, adapter, decoder, by_tensor, left_out, save_as)
+        return _plan_adapter(before, adapter, decoder, choice, save_as)
     if save_as == "lora":
         raise CheckpointError("save-as: lora needs a LoRA adapter as AFTER, got a whole model")
-    return _plan_pair(
-        before, after, decoder, by_tensor, left_out, {name: old[name][1] for name in layers}, before_decoder
-    )
+    return _plan_pair(before, after, decoder, choice, {name: old[name].info for name in layers}, before_decoder)
+
+
+class _Choice:
+    """Which tensors of a model hold layers to edit."""
+
+    def __init__(self, layers: dict[str, Matrix], left_out: set[str]) -> None:
+        self._left_out = left_out
+        self._held: dict[str, list[Matrix]] = {}
+        for matrix in layers.values():
+            self._held.setdefault(matrix.info.name, []).append(matrix)
+
+    @property
+    def layers(self) -> list[LayerSpec]:
+        return [matrix.layer for name in self._held for matrix in self.edited(name)]
+
+    def edited(self, name: str) -> list[Matrix]:
+        """The layers to edit in tensor ``name``."""
+        return [matrix for matrix in self._held.get(name, []) if matrix.layer.name not in self._left_out]
+
+    def is_left_out(self, name: str) -> bool:
+        """Whether a tensor is one that would be edited, had nobody asked to leave it."""
+        return name in self._held and not self.edited(name)
+
+    def entries(self, name: str, info: TensorInfo, before: dict[str, TensorInfo], more: str = "") -> list[Entry]:
+        """What becomes of a tensor with layers to edit.
+
+        Args:
+            name: of the tensor.
+            info: its bytes after the task, which may lie in another file.
+            before: weights before the task, by canonical name.
+            more: to add to the reason.
+        """
+        found = []
+        for matrix in self._held[name]:
+            layer, expert = matrix.layer, matrix.expert
+            whole = None if expert is None else info.shape
+            if layer.name in self._left_out:  # beside others of its tensor that are not
+                assert expert is not None
+                part = info.expert(expert, transposed=False)
+                found.append(Entry(info.name, "copied", LEFT_OUT, part, expert=expert, whole=whole))
+                continue
+            reason = "linear layer of the decoder" if layer.block else "projector"
+            reason = reason if expert is None else "experts in one tensor, each by itself"
+            found.append(
+                Entry(
+                    info.name,
+                    "merged",
+                    reason + more,
+                    matrix.within(info),
+                    before[layer.name],
+                    layer=layer,
+                    expert=expert,
+                    whole=whole,
+                )
+            )
+        return found
 
 
 def _plan_pair(
     before: Folder,
     after: Folder,
     decoder: Decoder,
-    by_tensor: dict[str, LayerSpec],
-    left_out: set[str],
-    before_names: dict[str, str],
+    choice: _Choice,
+    old: dict[str, TensorInfo],
     before_decoder: Decoder,
 ) -> Plan:
     shards = []
-    used = set(before_names.values())
+    used = {info.name for info in old.values()}
     for file_name, file in after.files.items():
         entries = []
         for name, info in file.tensors.items():
-            layer = by_tensor.get(name)
-            if layer is None:
-                entries.append(Entry(name, "copied", _why_copied(name, info, decoder, left_out), info))
+            if not choice.edited(name):
+                entries.append(Entry(name, "copied", _why_copied(name, info, decoder, choice), info))
                 continue
-            old = before.tensors[before_names[layer.name]]
-            if old.shape != info.shape:
-                raise CheckpointError(
-                    f"{after.argument}: layer {layer.name} is {list(info.shape)}, "
-                    f"expected {list(old.shape)} as in BEFORE"
-                )
-            for where, tensor in (("BEFORE", old), ("AFTER", info)):
-                if not tensor.is_floating:
-                    raise CheckpointError(
-                        f"{where}: layer {layer.name} has dtype {tensor.dtype}, expected BF16, F16, F32 or F64"
-                    )
-            entries.append(
-                Entry(
-                    name,
-                    "merged",
-                    "linear layer of the decoder" if layer.block else "projector",
-                    info,
-                    old,
-                    None,
-                    layer,
-                )
-            )
+            for entry in choice.entries(name, info, old):
+                if entry.layer is not None and entry.before is not None:
+                    _check_pair(entry.layer, entry.before, entry.source, after.argument)
+                entries.append(entry)
         shards.append(Shard(file_name, entries, file.metadata))
     there = {decoder.place(name) for name in after.tensors}
     skipped = [
@@ -245,17 +328,22 @@ def _plan_pair(
         for name, info in before.tensors.items()
         if name not in used and before_decoder.place(name) not in there
     ]
-    return Plan(shards, skipped, decoder, list(by_tensor.values()))
+    return Plan(shards, skipped, decoder, choice.layers)
 
 
-def _plan_adapter(
-    before: Folder,
-    adapter: Adapter,
-    decoder: Decoder,
-    by_tensor: dict[str, LayerSpec],
-    left_out: set[str],
-    save_as: str,
-) -> Plan:
+def _check_pair(layer: LayerSpec, before: TensorInfo, after: TensorInfo, argument: str) -> None:
+    if before.shape != after.shape:
+        raise CheckpointError(
+            f"{argument}: layer {layer.name} is {list(after.shape)}, expected {list(before.shape)} as in BEFORE"
+        )
+    for where, tensor in (("BEFORE", before), ("AFTER", after)):
+        if not tensor.is_floating:
+            raise CheckpointError(
+                f"{where}: layer {layer.name} has dtype {tensor.dtype}, expected BF16, F16, F32 or F64"
+            )
+
+
+def _plan_adapter(before: Folder, adapter: Adapter, decoder: Decoder, choice: _Choice, save_as: str) -> Plan:
     argument = adapter.folder.argument
     factors, replaced = adapter.factors_on(before.tensors), adapter.replaced_on(before.tensors)
     for path, tensor in match_names(adapter.copies, before.tensors, argument).items():
@@ -275,22 +363,24 @@ def _plan_adapter(
                 f"BEFORE: {tensor} has dtype {before.tensors[tensor].dtype}, expected BF16, F16, F32 or F64"
             )
     for tensor, info in replaced.items():
-        if tensor in by_tensor and info.shape != before.tensors[tensor].shape:
+        if choice.edited(tensor) and info.shape != before.tensors[tensor].shape:
             raise CheckpointError(
                 f"{argument}: {tensor} is {list(info.shape)}, expected {list(before.tensors[tensor].shape)}"
             )
-        if tensor in by_tensor and not info.is_floating:
+        if choice.edited(tensor) and not info.is_floating:
             raise CheckpointError(f"{argument}: {tensor} has dtype {info.dtype}, expected BF16, F16, F32 or F64")
-    layers = [by_tensor[tensor] for tensor in (*factors, *replaced) if tensor in by_tensor]
+    layers = [matrix.layer for tensor in (*factors, *replaced) for matrix in choice.edited(tensor)]
     if save_as == "lora":
-        return Plan([_adapter_shard(before, adapter, factors, replaced, by_tensor)], [], decoder, layers)
+        return Plan([_adapter_shard(before, adapter, factors, replaced, choice)], [], decoder, layers)
+    old = {matrix.layer.name: matrix.info for tensor in replaced for matrix in choice.edited(tensor)}
     shards = []
     for file_name, file in before.files.items():
         entries = []
         for name, info in file.tensors.items():
-            own, layer = factors.get(name), by_tensor.get(name)
-            if name in replaced and layer is not None:
-                entries.append(_trained_in_full(name, replaced[name], info, layer))
+            own, edited = factors.get(name), choice.edited(name)
+            if name in replaced and edited:
+                for entry in choice.entries(name, replaced[name], old, ", trained in full"):
+                    entries.append(replace(entry, name=name))
             elif name in replaced:
                 entries.append(
                     Entry(
@@ -300,20 +390,11 @@ def _plan_adapter(
                         _same_shape(replaced[name], info, argument),
                     )
                 )
-            elif own is not None and layer is not None:
-                entries.append(
-                    Entry(
-                        name,
-                        "merged",
-                        "linear layer of the decoder" if layer.block else "projector",
-                        info,
-                        info,
-                        own,
-                        layer,
-                    )
-                )
+            elif own is not None and edited:
+                for entry in choice.entries(name, info, {edited[0].layer.name: info}):
+                    entries.append(replace(entry, factors=own))
             elif own is not None:
-                reason = "left out as asked" if name in left_out else "outside the decoder's linear layers"
+                reason = LEFT_OUT if choice.is_left_out(name) else "outside the decoder's linear layers"
                 entries.append(Entry(name, "copied", f"{reason}: the adapter's update as trained", info, info, own))
             else:
                 entries.append(Entry(name, "copied", "the adapter does not change it", info))
@@ -321,30 +402,27 @@ def _plan_adapter(
     return Plan(shards, [], decoder, layers)
 
 
-def _trained_in_full(name: str, info: TensorInfo, before: TensorInfo, layer: LayerSpec) -> Entry:
-    return Entry(name, "merged", "linear layer of the decoder, trained in full", info, before, None, layer)
-
-
 def _adapter_shard(
     before: Folder,
     adapter: Adapter,
     factors: dict[str, Factors],
     replaced: dict[str, TensorInfo],
-    by_tensor: dict[str, LayerSpec],
+    choice: _Choice,
 ) -> Shard:
     halves: dict[str, tuple[str, str]] = {}
     for tensor, pair in factors.items():
         halves[pair.a.name] = (tensor, "A")
         halves[pair.b.name] = (tensor, "B")
-    whole = {held.name: tensor for tensor, held in replaced.items() if tensor in by_tensor}
+    whole = {held.name: tensor for tensor, held in replaced.items() if choice.edited(tensor)}
+    old = {matrix.layer.name: matrix.info for tensor in replaced for matrix in choice.edited(tensor)}
     (file_name, file), *_ = adapter.folder.files.items()
     entries = []
     for name, info in file.tensors.items():
         tensor, part = halves.get(name, ("", ""))
-        layer = by_tensor.get(tensor)
+        edited = choice.edited(tensor)
         if name in whole:
-            entries.append(_trained_in_full(name, info, before.tensors[whole[name]], by_tensor[whole[name]]))
-        elif layer is None:
+            entries += choice.entries(whole[name], info, old, ", trained in full")
+        elif not edited:
             entries.append(Entry(name, "copied", "no factor of a layer that is edited", info))
         else:
             entries.append(
@@ -355,7 +433,7 @@ def _adapter_shard(
                     info,
                     before.tensors[tensor],
                     factors[tensor],
-                    layer,
+                    edited[0].layer,
                     part,
                 )
             )
@@ -363,8 +441,8 @@ def _adapter_shard(
 
 
 def _chosen(
-    layers: dict[str, tuple[LayerSpec, str]], known: Iterable[str] | None, skip: list[str], after: Folder
-) -> dict[str, tuple[LayerSpec, str]]:
+    layers: dict[str, Matrix], known: Iterable[str] | None, skip: list[str], after: Folder
+) -> dict[str, Matrix]:
     """``layers``, checked against those that statistics are known for."""
     if not layers:
         raise CheckpointError(f"{after.argument}: no linear layers ([rows, cols] named *.weight) in its decoder blocks")
@@ -387,7 +465,7 @@ def _chosen(
     return layers
 
 
-def _check_skip(skip: list[str], all_names: Iterable[str], layers: dict[str, tuple[LayerSpec, str]]) -> None:
+def _check_skip(skip: list[str], all_names: Iterable[str], layers: dict[str, Matrix]) -> None:
     """Raises CheckpointError for a pattern that matches no layer of either side, or where none is left to edit."""
     for pattern in skip:
         if not any(_matches(name, [pattern]) for name in all_names):
@@ -402,17 +480,17 @@ def _is_known(name: str, known: set[str]) -> bool:
     return name in known or expert_input(name) in known
 
 
-def _why_copied(name: str, info: TensorInfo, decoder: Decoder, left_out: set[str]) -> str:
+def _why_copied(name: str, info: TensorInfo, decoder: Decoder, choice: _Choice) -> str:
     canonical = decoder.canonical(name.removesuffix(".weight"))
-    if name in left_out:
-        return "left out as asked"
+    if choice.is_left_out(name):
+        return LEFT_OUT
     if canonical is None:
         return "outside the decoder"
     if is_router(canonical):
         return "router of experts"
     if len(info.shape) == 3 and ("expert" in name or "moe" in name):
-        return "experts in one tensor: not edited"
-    if len(info.shape) < 2:
+        return "experts in a form that is not known: not edited"
+    if len(info.shape) < 2 or name.endswith("bias"):
         return "norm or bias"
     return "not a linear layer"
 
