@@ -531,6 +531,10 @@ def test_experts_in_one_tensor_are_shown(tmp_path: Path) -> None:
     (difference,) = differences.values()
     assert (difference.columns_equal, difference.cols) == (15, 16)
     assert abs(difference.change_norm - 24**0.5) < 1e-5
+    rewrite(pair.after, lambda _: change | {name: t[:2].clone() for name, t in change.items() if ".experts." in name})
+    for first, second, note in ((pair.before, pair.after, "only in A"), (pair.after, pair.before, "only in B")):
+        notes = {d.layer: d.note for d in compare_folders(first, second)}
+        assert notes["layers.1.mlp.experts.2.gate_up_proj"] == notes["layers.0.mlp.experts.2.down_proj"] == note
 
 
 def test_shared_expert_is_edited_and_its_gate_is_not(tmp_path: Path) -> None:

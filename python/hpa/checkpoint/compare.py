@@ -114,16 +114,19 @@ def compare_folders(first: Path, second: Path) -> list[Difference]:
     old = model_layers(a, decoders[0])
     experts: dict[str, list[Matrix]] = {}
     for matrix in model_layers(base, decoders[1]).values():
-        if matrix.expert is not None and matrix.layer.name in old:
+        if matrix.expert is not None:
             experts.setdefault(matrix.info.name, []).append(matrix)
     found: list[Difference] = []
     for name, stored in base.tensors.items():
         info = replaced.get(name, stored)
         if name in experts:
             for matrix in experts[name]:
-                layer, weight, part = matrix.layer.name, old[matrix.layer.name].info, matrix.within(info)
-                places.pop(decoders[0].place(weight.name), None)
-                found.append(_compared(name, layer, weight, part))
+                layer = matrix.layer.name
+                if layer not in old:
+                    found.append(Difference(name, layer, note="only in B"))
+                    continue
+                places.pop(decoders[0].place(old[layer].info.name), None)
+                found.append(_compared(name, layer, old[layer].info, matrix.within(info)))
             continue
         place = decoders[1].place(name)
         other = places.pop(place, None)
@@ -135,6 +138,10 @@ def compare_folders(first: Path, second: Path) -> list[Difference]:
             found.append(_difference(name, layer, before, add_update(before, factors[name].read(), torch.float32)))
         else:
             found.append(_compared(name, layer, a.tensors[other], info))
+    told = {difference.layer for difference in found}
+    for layer, matrix in old.items():
+        if matrix.expert is not None and layer not in told and matrix.info.name not in places.values():
+            found.append(Difference(matrix.info.name, layer, note="only in A"))
     return found + [Difference(name, note="only in A") for name in places.values()]
 
 

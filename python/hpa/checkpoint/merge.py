@@ -181,7 +181,7 @@ def write_shard(
             out.write(tensor_bytes(tensor))
             done(size)
             if out.position - noted >= NOTE_EVERY and not halves:
-                content = json.dumps({"bytes": out.position, "tensors": index + 1, "edits": edits})
+                content = json.dumps({"bytes": out.position, "entries": index + 1, "edits": edits})
                 out.when_on_disk(partial(write_file, note, content))
                 noted = out.position
     except BaseException:
@@ -203,8 +203,9 @@ def write_shard(
 def _resume(part: Path, note: Path) -> tuple[int, int, list[dict[str, Any]]]:
     if part.exists() and note.exists():
         content = json.loads(note.read_text())
-        if part.stat().st_size >= content["bytes"]:
-            return content["bytes"], content["tensors"], content["edits"]
+        # A note of an earlier build counts tensors, each with all its experts.
+        if "entries" in content and part.stat().st_size >= content["bytes"]:
+            return content["bytes"], content["entries"], content["edits"]
     return 0, 0, []
 
 
