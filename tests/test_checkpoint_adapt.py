@@ -199,6 +199,22 @@ def test_names_of_transformers_4_and_5(tmp_path: Path) -> None:
     assert all_tensors(tmp_path / "mixed").keys() == second.keys()
 
 
+def gram_of(rows: list[torch.Tensor]) -> np.ndarray:
+    """What calibration sums, in float64."""
+    x = torch.cat(rows).double().numpy()
+    return 2 * x.T @ x / max(len(x), 1)
+
+
+def edited_by_hand(before: torch.Tensor, after: torch.Tensor, grams: list[np.ndarray], block: int) -> torch.Tensor:
+    """The edit of a layer of a model of two blocks at focus ratio 1.5; ``grams``: of the safety and the task set."""
+    diagonals = []
+    for gram in grams:
+        damped = gram + 0.01 * np.mean(np.diag(gram)) * np.eye(len(gram))
+        diagonals.append(torch.from_numpy(np.diag(np.linalg.inv(damped)).copy()))
+    config = library.AdaptConfig(focus_ratio=1.5)
+    return library.adapt_layer(before, after, *diagonals, layer=block, layers=2, config=config).weight
+
+
 @pytest.mark.parametrize(
     ("make", "parent"), [(mixtral, "block_sparse_moe"), (qwen3_moe, "mlp")], ids=["mixtral", "qwen3_moe"]
 )
@@ -235,8 +251,7 @@ def test_experts(tmp_path: Path, make: Any, parent: str) -> None:
             for batch in encoder.batches(read_conversations(getattr(pair, role)).conversations):
                 model.model(**{key: value for key, value in batch.items() if key != "labels"})
         for key, rows in seen.items():
-            x = torch.cat(rows).double().numpy()
-            grams[role, key] = 2 * x.T @ x / max(len(x), 1)
+            grams[role, key] = gram_of(rows)
     checked = 0
     for name in made:
         if ".experts." not in name:
@@ -248,20 +263,8 @@ def test_experts(tmp_path: Path, make: Any, parent: str) -> None:
             assert "skipped" in edit
             assert torch.equal(made[name], after[name])
             continue
-        diagonals = []
-        for role in ("safety", "task"):
-            gram = grams[role, key]
-            damped = gram + 0.01 * np.mean(np.diag(gram)) * np.eye(len(gram))
-            diagonals.append(torch.from_numpy(np.diag(np.linalg.inv(damped)).copy()))
-        expected = library.adapt_layer(
-            before[name],
-            after[name],
-            *diagonals,
-            layer=edit["block"],
-            layers=2,
-            config=library.AdaptConfig(focus_ratio=1.5),
-        )
-        torch.testing.assert_close(made[name], expected.weight, rtol=1e-4, atol=1e-6)
+        expected = edited_by_hand(before[name], after[name], [grams["safety", key], grams["task", key]], edit["block"])
+        torch.testing.assert_close(made[name], expected, rtol=1e-4, atol=1e-6)
         checked += 1
     assert checked >= 6
 
@@ -359,8 +362,7 @@ def test_experts_in_one_tensor(tmp_path: Path, family: str) -> None:
             for batch, logits in zip(batches, expected, strict=True):
                 torch.testing.assert_close(model(**batch).logits, logits, rtol=1e-4, atol=1e-6)
         for key, rows in seen.items():
-            x = torch.cat(rows).double().numpy()
-            grams[role, key] = 2 * x.T @ x / max(len(x), 1)
+            grams[role, key] = gram_of(rows)
     olds, news, mades = form.matrices(before), form.matrices(after), form.matrices(made)
     assert len(mades) == 2 * 2 * len(next(tensor for name, tensor in made.items() if name.endswith(form.first)))
     checked = 0
@@ -369,20 +371,9 @@ def test_experts_in_one_tensor(tmp_path: Path, family: str) -> None:
             assert "skipped" in edits[name]
             assert torch.equal(matrix, news[name])
             continue
-        diagonals = []
-        for role in ("safety", "task"):
-            gram = grams[role, name]
-            damped = gram + 0.01 * np.mean(np.diag(gram)) * np.eye(len(gram))
-            diagonals.append(torch.from_numpy(np.diag(np.linalg.inv(damped)).copy()))
-        wanted = library.adapt_layer(
-            olds[name].contiguous(),
-            news[name].contiguous(),
-            *diagonals,
-            layer=edits[name]["block"],
-            layers=2,
-            config=library.AdaptConfig(focus_ratio=1.5),
-        )
-        torch.testing.assert_close(matrix, wanted.weight, rtol=1e-4, atol=1e-6)
+        both = [grams["safety", name], grams["task", name]]
+        wanted = edited_by_hand(olds[name].contiguous(), news[name].contiguous(), both, edits[name]["block"])
+        torch.testing.assert_close(matrix, wanted, rtol=1e-4, atol=1e-6)
         assert [edits[name]["rows"], edits[name]["cols"]] == list(matrix.shape)
         checked += 1
     assert checked >= 6

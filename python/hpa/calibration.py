@@ -580,34 +580,36 @@ class _Collector:
     def _experts_hook(self, name: str) -> Callable[..., None]:
         def see(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             given = (*args, *kwargs.values())
-            hidden = given[0].reshape(-1, given[0].shape[-1])
-            experts = cast(Any, module).gate_up_proj.shape[0]
+            experts = torch.arange(cast(Any, module).gate_up_proj.shape[0], device=given[0].device)
             if len(given) > 1:
-                chosen = given[1].reshape(len(hidden), -1)
-                rows = ((hidden, (chosen == expert).any(dim=1)) for expert in range(experts))
+                hidden = given[0].reshape(1, -1, given[0].shape[-1]).expand(len(experts), -1, -1)
+                chosen = (given[1].reshape(1, hidden.shape[1], -1) == experts.view(-1, 1, 1)).any(dim=-1)
             else:
                 # Llama 4: all tokens once an expert, times the router's weight, which is 0 for the experts not chosen.
-                each = hidden.reshape(experts, -1, hidden.shape[-1])
-                rows = ((each[expert], (each[expert] != 0).any(dim=1)) for expert in range(experts))
-            self._see_experts(name, cast(Any, module), rows)
+                hidden = given[0].reshape(len(experts), -1, given[0].shape[-1])
+                chosen = (hidden != 0).any(dim=-1)
+            self._see_experts(name, cast(Any, module), hidden, chosen)
 
         return see
 
-    def _see_experts(self, name: str, module: Any, experts: Iterable[tuple[Tensor, Tensor]]) -> None:
+    def _see_experts(self, name: str, module: Any, hidden: Tensor, chosen: Tensor) -> None:
         """Each expert is fed the tokens that the router sends to it; what its last matrix is fed is computed here.
 
-        ``experts``: for each the hidden states of all tokens, as it is fed them, and which of them it gets.
+        ``hidden``: all tokens as each expert is fed them, ``[experts, tokens, cols]``; ``chosen``: which of them it
+        gets, bool ``[experts, tokens]``.
         """
         assert self._batch is not None
         transposed = experts_transposed(module.gate_up_proj.shape, module.down_proj.shape)
         bias = getattr(module, "gate_up_proj_bias", None)
-        for expert, (hidden, chosen) in enumerate(experts):
-            mine = chosen if self._batch.mask is None else chosen & self._batch.mask.reshape(-1).to(hidden.device)
-            sequences = self._batch.shape[0] if self._batch.shape is not None else 1
-            samples = torch.arange(len(hidden), device=hidden.device) // max(1, len(hidden) // sequences)
-            rows = hidden[mine]
+        if self._batch.mask is not None:
+            chosen = chosen & self._batch.mask.reshape(-1).to(hidden.device)
+        tokens = hidden.shape[1]
+        sequences = self._batch.shape[0] if self._batch.shape is not None else 1
+        samples = torch.arange(tokens, device=hidden.device) // max(1, tokens // sequences)
+        for expert, (own, mine) in enumerate(zip(hidden, chosen, strict=True)):
+            rows = own[mine]
             seen = len(samples[mine].unique())
-            self._sum_of(f"{name}.{expert}.in", hidden).add(rows, seen)
+            self._sum_of(f"{name}.{expert}.in", own).add(rows, seen)
             inner = hidden.new_zeros(0, module.down_proj.shape[1 if transposed else 2])
             if len(rows):
                 weight = module.gate_up_proj[expert]

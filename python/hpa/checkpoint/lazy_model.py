@@ -136,11 +136,11 @@ class LazyModel:
 
     def _matched(self) -> dict[str, Callable[[], Tensor]] | None:
         """For each parameter what reads it; ``None`` where some have no counterpart on disk."""
-        by_canonical = {self._disk.canonical(name) or reduced(name): name for name in self._folder.tensors}
-        # Granite's files have a module more around the router.
-        by_canonical = {
-            key.replace(".router.layer.", ".router."): name for key, name in by_canonical.items()
-        } | by_canonical
+        by_canonical: dict[str, str] = {}
+        for name in self._folder.tensors:
+            key = self._disk.canonical(name) or reduced(name)
+            by_canonical[key.replace(".router.layer.", ".router.")] = name  # Granite's files have a module more there
+            by_canonical[key] = name
         experts = _experts_alias(self._folder, self._disk)
         stacked = self._stacked_experts()
         found: dict[str, Callable[[], Tensor]] = {}
@@ -151,9 +151,9 @@ class LazyModel:
             if full in stacked:
                 found[full] = stacked[full]
                 continue
-            name = by_canonical.get(canonical) or by_canonical.get(experts(canonical))
-            if name is not None and tuple(self._folder.tensors[name].shape) == tuple(parameter.shape):
-                found[full] = self._reader(name)
+            like = by_canonical.get(canonical) or by_canonical.get(experts(canonical))
+            if like is not None and tuple(self._folder.tensors[like].shape) == tuple(parameter.shape):
+                found[full] = self._reader(like)
                 continue
             fused = self._fused(canonical, parameter, by_canonical, experts)
             if fused is not None:

@@ -258,6 +258,11 @@ class _Choice:
     def layers(self) -> list[LayerSpec]:
         return [matrix.layer for name in self._held for matrix in self.edited(name)]
 
+    @property
+    def weights(self) -> dict[str, TensorInfo]:
+        """Weight of each layer to edit, by canonical name."""
+        return {matrix.layer.name: matrix.info for name in self._held for matrix in self.edited(name)}
+
     def edited(self, name: str) -> list[Matrix]:
         """The layers to edit in tensor ``name``."""
         return [matrix for matrix in self._held.get(name, []) if matrix.layer.name not in self._left_out]
@@ -372,7 +377,7 @@ def _plan_adapter(before: Folder, adapter: Adapter, decoder: Decoder, choice: _C
     layers = [matrix.layer for tensor in (*factors, *replaced) for matrix in choice.edited(tensor)]
     if save_as == "lora":
         return Plan([_adapter_shard(before, adapter, factors, replaced, choice)], [], decoder, layers)
-    old = {matrix.layer.name: matrix.info for tensor in replaced for matrix in choice.edited(tensor)}
+    old = choice.weights
     shards = []
     for file_name, file in before.files.items():
         entries = []
@@ -391,7 +396,7 @@ def _plan_adapter(before: Folder, adapter: Adapter, decoder: Decoder, choice: _C
                     )
                 )
             elif own is not None and edited:
-                for entry in choice.entries(name, info, {edited[0].layer.name: info}):
+                for entry in choice.entries(name, info, old):
                     entries.append(replace(entry, factors=own))
             elif own is not None:
                 reason = LEFT_OUT if choice.is_left_out(name) else "outside the decoder's linear layers"
@@ -414,7 +419,7 @@ def _adapter_shard(
         halves[pair.a.name] = (tensor, "A")
         halves[pair.b.name] = (tensor, "B")
     whole = {held.name: tensor for tensor, held in replaced.items() if choice.edited(tensor)}
-    old = {matrix.layer.name: matrix.info for tensor in replaced for matrix in choice.edited(tensor)}
+    old = choice.weights
     (file_name, file), *_ = adapter.folder.files.items()
     entries = []
     for name, info in file.tensors.items():
