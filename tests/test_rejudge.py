@@ -287,6 +287,17 @@ def test_what_is_no_judge_is_told(
     assert len(endpoint.asked) <= 9
 
 
+def test_little_is_asked_ahead_of_who_reads(serve: Callable[..., Endpoint]) -> None:
+    """Where the job ends, or its reader is slow, no questions have been paid for in vain."""
+    endpoint = serve(lambda question, number: said("REFUSED"))
+    stream = EndpointJudge(endpoint.address, "m", parallel=2).verdicts([("a", "b")] * 30)
+    first = next(stream)
+    time.sleep(0.5)
+    assert len(endpoint.asked) <= 4
+    assert sorted([first, *stream]) == [(number, "refused") for number in range(30)]
+    assert len(endpoint.asked) == 30
+
+
 def test_an_answer_of_nothing_is_empty_and_a_judge_of_nothing_unreadable(serve: Callable[..., Endpoint]) -> None:
     endpoint = serve(lambda question, number: said(None))
     assert given(EndpointJudge(endpoint.address, "m"), [("a", " \n"), ("a", "b")]) == ["empty", "unreadable"]

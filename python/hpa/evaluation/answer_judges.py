@@ -16,7 +16,8 @@ import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -162,19 +163,27 @@ class EndpointJudge:
         stopped = threading.Event()
         judged = 0
         pool = ThreadPoolExecutor(self._parallel)
-        numbers = {pool.submit(self._verdict, *pair, stopped): number for number, pair in enumerate(pairs)}
+        waiting = iter(enumerate(pairs))
+        asked: dict[Future[AnswerVerdict], int] = {}
         try:
             failed: list[tuple[int, AnswerVerdict]] = []
-            for future in as_completed(numbers):
-                try:
-                    verdict = future.result()
-                except _UnansweredError as error:
-                    failed.append((numbers[future], error.verdict))
-                    if not judged and len(failed) >= _ALL_ALIKE:
-                        raise JudgeError(f"{error} (so for the first {len(failed)} answers)") from None
-                    continue
-                judged += verdict != "empty"
-                yield numbers[future], verdict
+            while True:
+                # One waits for each thread and no more: what is asked before a failure is seen is asked in vain.
+                for number, pair in islice(waiting, 2 * self._parallel - len(asked)):
+                    asked[pool.submit(self._verdict, *pair, stopped)] = number
+                if not asked:
+                    break
+                for future in wait(asked, return_when=FIRST_COMPLETED).done:
+                    number = asked.pop(future)
+                    try:
+                        verdict = future.result()
+                    except _UnansweredError as error:
+                        failed.append((number, error.verdict))
+                        if not judged and len(failed) >= _ALL_ALIKE:
+                            raise JudgeError(f"{error} (so for the first {len(failed)} answers)") from None
+                        continue
+                    judged += verdict != "empty"
+                    yield number, verdict
             yield from failed
         finally:
             stopped.set()
